@@ -1,0 +1,258 @@
+"""Flow matching as a stochastic policy: Eq. 1–3, 5–7 and 16, the rival samplers of Table 1, log-probability, rollout.
+
+Paper: Manifold-Aware Exploration for Reinforcement Learning in Video Generation (SAGE-GRPO), arXiv 2603.21872.
+
+Symbols, here and in every other file:
+    sigma, sigma'   noise level at the start and at the end of a step; sigma falls from 1 (pure noise) to 0 (data)
+    k               step index, sigmas[k] -> sigmas[k + 1];  T steps, T + 1 sigmas
+    Δ  delta        sigma − sigma' > 0
+    x, v            state and predicted velocity at sigma; z noise, x0 data
+    η  eta          exploration scale (the released code uses 0.5 on HunyuanVideo-1.5)
+    Σ  std          the EFFECTIVE standard deviation of the noise that one whole step adds; Σ² variance
+    D               number of elements of one sample
+
+The schedule is a handful of scalars and Eq. 5 subtracts nearly equal ones, so all arithmetic on sigma is float64.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+SDE_TYPES = ("sage_grpo", "flow_grpo", "dance_grpo", "cps", "exact")
+SIGMA_MAX = 0.997  # the integral of Eq. 5 diverges at sigma = 1; both of its ends stop here (see step_variances)
+
+
+def sigma_schedule(num_steps, shift=5.0):
+    """sigma_k = shift·s / (1 + (shift − 1)·s), s = linspace(1, 0, T + 1). Returns float64 [T + 1], from 1 to 0.
+
+    shift > 1 spends more of the steps at high noise. Paper: T = 20, shift 5.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1: got {num_steps}")
+    if not shift > 0:
+        raise ValueError(f"shift must be positive: got {shift}")
+    s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return shift * s / (1 + (shift - 1) * s)
+
+
+# ---------------------------------------------------------------------------------------------- flow matching
+# Eq. 1:  dx/dsigma = v(x, sigma, c). One Euler step of it is x' = x − Δ·v: what SDE.transition gives where Σ = 0.
+
+
+def interpolate(x0, z, sigma):
+    """Eq. 2:  x_sigma = (1 − sigma)·x0 + sigma·z,  z ~ N(0, I)."""
+    return (1 - sigma) * x0 + sigma * z
+
+
+def predict_x0(x, v, sigma):
+    """Eq. 3:  v = z − x0, hence x0_hat = x − sigma·v.  (A write-up's v = (x − x0)/(1 − sigma) is wrong: it is /sigma.)"""
+    return x - sigma * v
+
+
+def predict_noise(x, v, sigma):
+    """Eq. 3:  v = z − x0, hence z_hat = x + (1 − sigma)·v."""
+    return x + (1 - sigma) * v
+
+
+def score(x, v, sigma):
+    """s = ∇ log p_sigma(x) = −(x − (1 − sigma)·x0_hat) / sigma² = −z_hat / sigma.
+
+    Erratum: some write-ups print −(x − x0_hat)/sigma². Without the factor (1 − sigma) the SDE no longer preserves the
+    marginals, and more steps do not help (tests/test_marginals.py shows both).
+    """
+    return -predict_noise(x, v, sigma) / sigma
+
+
+def diffusion_coefficient(sigma, eta):
+    """ε(sigma) of Eq. 16:  ε = η·sqrt(sigma / (1 − sigma)), in  dx = [v − ½ε²·s] dsigma + ε dw  (sigma running down).
+
+    For this ε, and this drift, every marginal p_sigma of the ODE is also the SDE's. It is what Eq. 5 integrates.
+    """
+    return eta * math.sqrt(sigma / (1 - sigma))
+
+
+# ---------------------------------------------------------------------------------------------- variance of a step
+def sage_variance(sigma, sigma_next, eta):
+    """Eq. 5:  Σ² = ∫_{sigma'}^{sigma} ε² = η²·[ −(sigma − sigma') + log((1 − sigma')/(1 − sigma)) ].
+
+    Eq. 6 is its root, Σ = sqrt(Σ²): already integrated, so NO further sqrt(Δ) anywhere.
+    sigma, sigma_next: float64 tensors below 1. log1p(Δ/(1 − sigma)) is the same logarithm without the cancellation of
+    two numbers near 1.
+    """
+    delta = sigma - sigma_next
+    return eta**2 * (-delta + torch.log1p(delta / (1 - sigma)))
+
+
+def step_variances(sde_type, eta, sigmas):
+    """Σ² of every step of a schedule, float64 [T]. The ONE place that decides what happens at the ends:
+
+    - sigma = 1. SAGE: Eq. 5 diverges, so both ends of the integral are clamped to SIGMA_MAX. The released code clamps
+      only the 1 − sigma inside the logarithm; it agrees with this to η²·0.003 until the schedule's second sigma passes
+      0.997 (from 60–80 steps on at shift 5), where its variance turns negative and then NaN. Flow-GRPO: its code puts
+      the schedule's second sigma into 1 − sigma on the step that starts at 1, and only there.
+    - sigma' = 0. CPS and exact have no noise left there: variance 0.
+    - Variance 0 (also: rounding below 0) means a deterministic step: it has no log-probability, so no policy gradient.
+
+    Sources: Eq. 5; the released codes of Flow-GRPO, DanceGRPO and CPS (Table 1); `exact` is ours, see exact_variance.
+    """
+    sigma, sigma_next = sigmas[:-1], sigmas[1:]
+    delta = sigma - sigma_next
+    if sde_type == "sage_grpo":
+        variance = sage_variance(sigma.clamp(max=SIGMA_MAX), sigma_next.clamp(max=SIGMA_MAX), eta)
+    elif sde_type == "flow_grpo":  # left rectangle of Eq. 5's integral
+        one_minus_sigma = 1 - torch.where(sigma == 1, sigmas[1], sigma)
+        variance = eta**2 * sigma / one_minus_sigma * delta
+    elif sde_type == "dance_grpo":  # constant ε = η
+        variance = eta**2 * delta
+    elif sde_type == "cps":  # a fixed share of the noise that is left at sigma'
+        variance = (sigma_next * math.sin(eta * math.pi / 2)) ** 2
+    else:
+        variance = exact_variance(sigma, sigma_next, eta)
+    return variance.clamp(min=0)
+
+
+def exact_variance(sigma, sigma_next, eta):
+    """Our extension, not in the paper: freeze x0_hat over the step and Eq. 16 is linear, so it solves in closed form:
+
+        ρ = sigma'(1 − sigma) / (sigma(1 − sigma')),   Σ² = sigma'²·(1 − ρ^{η²})
+        mean = (1 − sigma')·x0_hat + (sigma'/sigma)·ρ^{η²/2}·(x − (1 − sigma)·x0_hat)
+
+    x − (1 − sigma)·x0_hat is sigma·z_hat and sigma'·ρ^{η²/2} is sqrt(sigma'² − Σ²): the mean rule of CPS, so the two
+    share it in SDE.transition. A first-order exponential integrator. It needs no clamp at either end.
+    """
+    rho = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
+    return sigma_next**2 * -torch.expm1(torch.xlogy(torch.tensor(eta**2, dtype=sigma.dtype), rho))
+
+
+# ---------------------------------------------------------------------------------------------- the SDE
+class SDE:
+    """The stochastic sampler of one schedule: a float64 table with one column a step, and the transition that reads it.
+
+    sde_type   sage_grpo | flow_grpo | dance_grpo | cps | exact
+    eta        ≥ 0; for cps in [0, 1], since its std is sin(ηπ/2): 1.8 would silently act as 0.2. 0 is the ODE (Eq. 1)
+    sigmas     [T + 1], strictly falling within [0, 1]
+    noisy_last_step   False turns the last step into an ODE step. The noise of that step stays in the sample which the
+               reward sees. The released code keeps it (and trains the step); the toy turns it off, where it is most of
+               the difference between samplers
+
+    variance, std [T] (float64) and stochastic [T] (bool) may be read; a step with Σ = 0 is deterministic.
+    """
+
+    def __init__(self, sde_type, eta, sigmas, noisy_last_step=True):
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+        if sde_type not in SDE_TYPES:
+            raise ValueError(f"sde_type must be one of {', '.join(SDE_TYPES)}: got {sde_type!r}")
+        if not 0 <= eta < math.inf:
+            raise ValueError(f"eta must be finite and not negative: got {eta}")
+        if sde_type == "cps" and eta > 1:
+            raise ValueError(f"eta must lie in [0, 1] for cps, whose std is sigma'·sin(ηπ/2): got {eta}")
+        if sigmas.ndim != 1 or len(sigmas) < 2:
+            raise ValueError(f"sigmas must be a list of at least two noise levels: got shape {tuple(sigmas.shape)}")
+        if not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] < 0:
+            raise ValueError(f"sigmas must fall strictly from at most 1 to at least 0: got {sigmas.tolist()}")
+        self.sde_type, self.eta, self.sigmas = sde_type, eta, sigmas
+        self.num_steps = len(sigmas) - 1
+        variance = step_variances(sde_type, eta, sigmas)
+        if not noisy_last_step:
+            variance[-1] = 0
+        self._fill_table(variance)
+
+    def _fill_table(self, variance):
+        sigma, sigma_next = self.sigmas[:-1], self.sigmas[1:]
+        self.variance, self.std, self.stochastic = variance, variance.sqrt(), variance > 0  # [T]
+        noise_kept = (sigma_next**2 - variance).clamp(min=0).sqrt()  # cps and exact: what stays of z_hat
+        self.table = torch.stack([sigma, sigma_next, sigma - sigma_next, variance, self.std, noise_kept])  # [6, T]
+
+    def window(self, first, length):
+        """The same SDE with noise on steps first … first + length − 1 only, the other steps ODE (an SDE window).
+
+        Draw `first` once for a whole group: samples with noise on different steps are not samples of one policy.
+        """
+        if not (0 <= first and 1 <= length and first + length <= self.num_steps):
+            raise ValueError(f"a window must lie within the {self.num_steps} steps: got first {first}, length {length}")
+        steps = torch.arange(self.num_steps)
+        restricted = object.__new__(SDE)
+        restricted.__dict__.update(self.__dict__)
+        restricted._fill_table(torch.where((steps >= first) & (steps < first + length), self.variance, 0.0))
+        return restricted
+
+    def transition(self, x, v, k):
+        """Eq. 7:  x' = x − Δ·v + ½Σ²·s + Σ·ξ,  ξ ~ N(0, I),  as (mean, std): x' ~ N(mean, std²).
+
+        cps and exact: mean = (1 − sigma')·x0_hat + sqrt(sigma'² − Σ²)·z_hat, which keeps the coefficients of Eq. 2.
+        Where Σ = 0 both rules are the Euler step of Eq. 1, x − Δ·v.
+
+        x, v: [B, …] float32 or float64, as are the results; k: an int, or a LongTensor [B], each sample at its own step.
+        std is broadcastable to x: [B, 1, …].
+        """
+        if x.shape != v.shape:
+            raise ValueError(f"x and v must have one shape: got {tuple(x.shape)} and {tuple(v.shape)}")
+        k = torch.as_tensor(k, device=x.device).expand(len(x))  # one code path, so that int and LongTensor agree bit for bit
+        columns = self.table.to(x.dtype).to(x.device)[:, k].view(6, -1, *[1] * (x.ndim - 1))
+        sigma, sigma_next, delta, variance, std, noise_kept = columns  # [B, 1, …] each
+        if self.sde_type in ("cps", "exact"):
+            mean = (1 - sigma_next) * predict_x0(x, v, sigma) + noise_kept * predict_noise(x, v, sigma)
+        else:
+            mean = x - delta * v + variance / 2 * score(x, v, sigma)
+        return mean, std
+
+
+def log_prob(x_next, mean, std):
+    """log π(x'|x) of the Gaussian step: the true log density with its constants, as a MEAN over the D elements. [B]
+
+    Why the mean: the ratio of GRPO is then exp of the average log-ratio per element, whose spread over samples shrinks
+    like 1/√D, so one clip range serves every resolution. It is also why the paper's clip range is 1e-4 and not 0.2: with
+    D near 10⁶ the log-ratio of a useful update is that small. (The released code does the same without a word; CPS'
+    authors drop constants and Σ altogether, which would give each sampler its own learning rate. Here all samplers share
+    this function.) A step with std = 0 has no density: the result is NaN there, on purpose.
+    """
+    log_density = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------- rollout
+@dataclass
+class Trajectory:
+    """One batch of rollouts, float32 (or float64 if the first state was), the model's dtype notwithstanding:
+    with bf16 states the ratio of the first update differs from 1 by many times the clip range."""
+
+    states: torch.Tensor  # [B, T + 1, …]  states[:, k] lies at sigmas[k]; states[:, -1] is the sample
+    means: torch.Tensor  # [B, T, …]      mean of each step under the policy that made the rollout
+    log_probs: torch.Tensor  # [B, T]     log π_old of each step; NaN on deterministic steps
+
+
+def randn(shape, generator):
+    """N(0, I) of a shape [B, …], drawn from one generator, or from B generators, one a sample.
+
+    With one generator a sample, its noise does not depend on which rank or batch it lands in.
+    """
+    if isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator, device=generator.device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"one generator per sample is needed: got {len(generator)} for {shape[0]} samples")
+    return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generator])
+
+
+@torch.no_grad()
+def rollout(velocity, x, sde, generator, callback=None):
+    """Run the policy from noise x [B, …] down the schedule and keep all that the update needs. Returns a Trajectory.
+
+    velocity: (x [B, …], sigma [B]) -> v [B, …].  generator: one torch.Generator, or one per sample (see randn).
+    Which steps carry noise is the SDE's: see its noisy_last_step and window; with eta = 0 this is the ODE sampler.
+    callback(k): called after each step, for a progress bar.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    states, means, log_probs = [x], [], []
+    for k in range(sde.num_steps):
+        sigma = sde.sigmas[k].to(x).expand(len(x))
+        mean, std = sde.transition(x, velocity(x, sigma).to(x.dtype), k)
+        x = mean
+        if sde.stochastic[k]:
+            x = mean + std * randn(x.shape, generator).to(x)
+        states.append(x)
+        means.append(mean)
+        log_probs.append(log_prob(x, mean, std))
+        if callback is not None:
+            callback(k)
+    return Trajectory(torch.stack(states, 1), torch.stack(means, 1), torch.stack(log_probs, 1))

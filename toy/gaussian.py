@@ -1,0 +1,70 @@
+"""A world with exact answers: data from a mixture of Gaussians, whose velocity and score have a closed form. No training.
+
+For a single Gaussian every step of every sampler is affine in x, so the mean and covariance of the whole chain follow
+by matrix algebra, without a sample: whether a sampler preserves the marginals becomes an exact calculation.
+"""
+
+import torch
+
+
+class GaussianMixture:
+    """Data x0 ~ Σ_j weights[j]·N(means[j], covs[j]) in d dimensions, float64, and its flow x_sigma = (1 − sigma)·x0 + sigma·z."""
+
+    def __init__(self, weights, means, covs):
+        self.weights = torch.as_tensor(weights, dtype=torch.float64)  # [J]
+        self.means = torch.as_tensor(means, dtype=torch.float64)  # [J, d]
+        self.covs = torch.as_tensor(covs, dtype=torch.float64)  # [J, d, d]
+
+    def sample(self, count, generator):
+        """True samples of the data, [count, d]."""
+        j = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        z = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[j] + torch.einsum("bde,be->bd", torch.linalg.cholesky(self.covs)[j], z)
+
+    def marginal(self, sigma):
+        """Mean [J, d] and covariance [J, d, d] of each component of p_sigma."""
+        eye = torch.eye(self.means.shape[1], dtype=torch.float64)
+        return (1 - sigma) * self.means, (1 - sigma) ** 2 * self.covs + sigma**2 * eye
+
+    def log_density(self, x, sigma):
+        """log p_sigma(x), x [B, d] -> [B]. Independent of `velocity`: tests differentiate it to check the score."""
+        return torch.logsumexp(self._log_joint(x, sigma), dim=1)
+
+    def _log_joint(self, x, sigma):
+        mean, cov = self.marginal(sigma)
+        components = torch.distributions.MultivariateNormal(mean, cov)
+        return self.weights.log() + components.log_prob(x[:, None])  # [B, J]
+
+    def velocity(self, x, sigma):
+        """Eq. 3 in expectation:  v = E[z − x0 | x_sigma = x], the perfect flow model. x [B, d], sigma a number -> [B, d]."""
+        mean, cov = self.marginal(sigma)
+        whitened = torch.linalg.solve(cov, (x[:, None] - mean)[..., None])  # [B, J, d, 1], S⁻¹(x − mean)
+        noise = sigma * whitened[..., 0]  # E[z | x, j]
+        data = self.means + (1 - sigma) * (self.covs @ whitened)[..., 0]  # E[x0 | x, j]
+        posterior = self._log_joint(x, sigma).softmax(1)  # [B, J], P(j | x)
+        return torch.einsum("bj,bjd->bd", posterior, noise - data)
+
+
+def gaussian(mean, cov):
+    """A single Gaussian as a mixture of one."""
+    return GaussianMixture([1.0], [mean], [cov])
+
+
+def propagate(sde, world):
+    """Mean and covariance of the chain's state at every sigma, exactly, for a world of ONE Gaussian; start N(0, I).
+
+    Each step is x' = A·x + b + Σ·ξ with A, b read off SDE.transition itself (at 0 and at the unit vectors), so
+    mean' = A·mean + b and cov' = A·cov·Aᵀ + Σ²·I. Returns ([T + 1, d], [T + 1, d, d]).
+    """
+    d = world.means.shape[1]
+    probe = torch.cat([torch.zeros(1, d), torch.eye(d)]).double()  # 0 and the unit vectors
+    mean, cov = torch.zeros(d).double(), torch.eye(d).double()
+    means, covs = [mean], [cov]
+    for k in range(sde.num_steps):
+        image, _ = sde.transition(probe, world.velocity(probe, sde.sigmas[k].item()), k)
+        b, A = image[0], (image[1:] - image[0]).T
+        mean = A @ mean + b
+        cov = A @ cov @ A.T + sde.variance[k] * torch.eye(d).double()
+        means.append(mean)
+        covs.append(cov)
+    return torch.stack(means), torch.stack(covs)

@@ -1,0 +1,138 @@
+"""Dual trust region: Eq. 11–15, the moving anchor and the schedules of λ_KL.
+
+Position control keeps the policy θ near an anchor (the pre-trained policy, or a copy of θ refreshed every N optimizer
+updates); velocity control keeps it near π_{k−1}, the policy that made the rollout.
+"""
+
+import contextlib
+
+import torch
+
+# L_KL = w_pos·KL(θ‖anchor) + w_vel·KL(θ‖π_{k−1}). The betas of Eq. 14 belong to `dual` alone.
+KL_MODES = ("none", "fixed", "stepwise", "moving", "dual")
+KL_SCHEDULES = ("fixed", "two_stage", "milder")
+
+
+def gaussian_kl(mean, mean_ref, std):
+    """Eq. 11:  KL(π_θ ‖ π_ref) = ‖mean_θ − mean_ref‖² / (2Σ²), two Gaussians of the same std Σ.
+
+    Divided by the VARIANCE once (write-ups that print Σ_t² mean Σ_t for the std). Taken as a mean over the D elements,
+    like log_prob, so that both have one scale. mean, mean_ref: [B, …]; std broadcastable to them. Returns [B].
+    """
+    return ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+
+
+def stepwise_kl_closed_form(mean, mean_old, std):
+    """Eq. 12:  KL(π_θ ‖ π_{k−1}) by Eq. 11, with the means stored by the rollout. No second forward pass. Returns [B]."""
+    return gaussian_kl(mean, mean_old, std)
+
+
+def stepwise_kl_rollout_phase(log_prob_new, log_prob_old):
+    """Eq. 15:  KL ≈ mean(log π_old − log π_θ) on the rollout's own samples. Returns [B], the batch mean is the loss's.
+
+    Unbiased for KL(π_old ‖ π_θ) (equal to Eq. 12 for a shared Σ), but negative on many batches and far noisier than the
+    closed form: its gradient contains the term ξ·∂mean/Σ, which only averages out. The paper's choice nonetheless.
+    """
+    return log_prob_old - log_prob_new
+
+
+def kl_weights(mode, beta_pos=1.0, beta_vel=0.1):
+    """(w_pos, w_vel), the weights of the position and the velocity term in a KL mode:
+
+    none (0, 0) · fixed, moving (1, 0): Eq. 11, 13 · stepwise (0, 1): Eq. 12 · dual (β_pos, β_vel): Eq. 14.
+    fixed and moving differ in the anchor alone: see Anchor.
+    """
+    weights = {"none": (0, 0), "fixed": (1, 0), "stepwise": (0, 1), "moving": (1, 0), "dual": (beta_pos, beta_vel)}
+    if mode not in weights:
+        raise ValueError(f"kl_mode must be one of {', '.join(KL_MODES)}: got {mode!r}")
+    return weights[mode]
+
+
+def dual_kl(kl_pos, kl_vel, beta_pos=1.0, beta_vel=0.1):
+    """Eq. 14:  L_KL = β_pos·KL(θ‖ref_N) + β_vel·KL(θ‖π_{k−1}).  Paper: β_pos = 1.0, β_vel = 0.1."""
+    return beta_pos * kl_pos + beta_vel * kl_vel
+
+
+def kl_coefficient(schedule, update, final, early, switch):
+    """λ_KL at a rollout update (counted from 0), Fig. 7. Paper: final 1e-5, early 1e-7; when to switch is not printed.
+
+    fixed      final throughout
+    two_stage  early until update `switch`, then final: room to explore first, then a tighter region (best in the paper)
+    milder     early until `switch`, then the geometric mean of early and final (the paper's value is not printed; ours)
+    """
+    if schedule not in KL_SCHEDULES:
+        raise ValueError(f"kl_schedule must be one of {', '.join(KL_SCHEDULES)}: got {schedule!r}")
+    if schedule == "fixed":
+        return final
+    if update < switch:
+        return early
+    return final if schedule == "two_stage" else (early * final) ** 0.5
+
+
+class Anchor:
+    """A second set of the trainable weights, kept beside the module and swapped into it when its means are needed.
+
+    Eq. 13:  ref ← θ every N optimizer updates (paper: N = 10), with every = N.
+    Fixed KL: every = None, the anchor stays what it was at construction, the pre-trained policy.
+
+    Frozen parameters are shared, not copied: under LoRA the anchor is one more adapter (and the fixed one, the initial
+    adapter with its zero output, is the base model), not a second 8.3B transformer. All copies are made shard by shard in
+    place, so a sharded FSDP2 module needs no special case. offload keeps the copy in host memory.
+
+    refreshed_at: the optimizer update at which anchor and policy were last the same weights. Where that is also the
+    update at which a rollout was collected, the anchor IS the policy that made the rollout, whose means are stored: no
+    reference pass is needed then.
+    """
+
+    def __init__(self, module, every=None, offload=False):
+        if every is not None and every < 1:
+            raise ValueError(f"the anchor's refresh interval must be at least 1 optimizer update: got {every}")
+        self.every, self.refreshed_at, self.offload = every, 0, offload
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._copies = [self._keep(_local(p)) for p in self._parameters]
+
+    def _keep(self, shard):
+        return shard.detach().to("cpu", copy=True) if self.offload else shard.detach().clone()
+
+    @torch.no_grad()
+    def maybe_refresh(self, optimizer_updates):
+        """Call after every optimizer update with the number of updates so far. Returns True where ref ← θ happened."""
+        if self.every is None or optimizer_updates % self.every:
+            return False
+        for copy, p in zip(self._copies, self._parameters, strict=True):
+            copy.copy_(_local(p))
+        self.refreshed_at = optimizer_updates
+        return True
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """Within this block the module computes with the anchor's weights; afterwards its own are back, bit for bit.
+
+        The weights are written in place: evaluate the reference means first and the policy's graph after the block
+        (the other order is refused by autograd, which sees that saved weights were modified).
+        """
+        backups = [self._keep(_local(p)) for p in self._parameters]
+        try:
+            self._write(self._copies)
+            yield
+        finally:
+            self._write(backups)
+
+    @torch.no_grad()
+    def _write(self, values):
+        for p, value in zip(self._parameters, values, strict=True):
+            _local(p).copy_(value)
+
+    def state_dict(self):
+        return {"copies": list(self._copies), "refreshed_at": self.refreshed_at}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for copy, saved in zip(self._copies, state["copies"], strict=True):
+            copy.copy_(saved)
+        self.refreshed_at = int(state["refreshed_at"])
+
+
+def _local(parameter):
+    """This rank's shard of a parameter, sharing its memory; the whole of it where nothing is sharded."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
