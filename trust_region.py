@@ -88,7 +88,7 @@ class Anchor:
         if every is not None and every < 1:
             raise ValueError(f"the anchor's refresh interval must be at least 1 optimizer update: got {every}")
         self.every, self.refreshed_at, self.offload = every, 0, offload
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._names, self._parameters = zip(*[(n, p) for n, p in module.named_parameters() if p.requires_grad], strict=True)
         self._copies = [self._keep(_local(p)) for p in self._parameters]
 
     def _keep(self, shard):
@@ -124,15 +124,29 @@ class Anchor:
             _local(p).copy_(value)
 
     def state_dict(self):
-        return {"copies": list(self._copies), "refreshed_at": self.refreshed_at}
+        """The anchor's weights by parameter name, sharded like the module's (refreshed_at is the caller's to save)."""
+        return {
+            name: _shard_like(p, copy) for name, p, copy in zip(self._names, self._parameters, self._copies, strict=True)
+        }
 
     @torch.no_grad()
-    def load_state_dict(self, state):
-        for copy, saved in zip(self._copies, state["copies"], strict=True):
-            copy.copy_(saved)
-        self.refreshed_at = int(state["refreshed_at"])
+    def load_state_dict(self, state, refreshed_at):
+        for name, copy in zip(self._names, self._copies, strict=True):
+            copy.copy_(_local(state[name]))
+        self.refreshed_at = refreshed_at
 
 
 def _local(parameter):
     """This rank's shard of a parameter, sharing its memory; the whole of it where nothing is sharded."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _shard_like(parameter, shard):
+    """The inverse of _local: a shard seen as a part of the whole, which a checkpoint can give to any number of ranks."""
+    if not hasattr(parameter, "to_local"):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shard = shard.to(parameter.to_local().device)
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
