@@ -33,7 +33,7 @@ def sigma_schedule(num_steps, shift=5.0):
     if not shift > 0:
         raise ValueError(f"shift must be positive: got {shift}")
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return shift * s / (1 + (shift - 1) * s)
+    return shift * s / (1 - s + shift * s)  # the same denominator, arranged so that s = 1 gives exactly 1
 
 
 # ---------------------------------------------------------------------------------------------- flow matching

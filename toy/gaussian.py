@@ -28,26 +28,24 @@ class GaussianMixture:
 
     def log_density(self, x, sigma):
         """log p_sigma(x), x [B, d] -> [B]. Independent of `velocity`: tests differentiate it to check the score."""
-        return torch.logsumexp(self._log_joint(x, sigma), dim=1)
-
-    def _log_joint(self, x, sigma):
-        mean, cov = self.marginal(sigma)
-        components = torch.distributions.MultivariateNormal(mean, cov)
-        return self.weights.log() + components.log_prob(x[:, None])  # [B, J]
+        components = torch.distributions.MultivariateNormal(*self.marginal(sigma))
+        return torch.logsumexp(self.weights.log() + components.log_prob(x[:, None]), dim=1)
 
     def velocity(self, x, sigma):
         """Eq. 3 in expectation:  v = E[z − x0 | x_sigma = x], the perfect flow model. x [B, d], sigma a number -> [B, d]."""
         mean, cov = self.marginal(sigma)
-        whitened = torch.linalg.solve(cov, (x[:, None] - mean)[..., None])  # [B, J, d, 1], S⁻¹(x − mean)
-        noise = sigma * whitened[..., 0]  # E[z | x, j]
-        data = self.means + (1 - sigma) * (self.covs @ whitened)[..., 0]  # E[x0 | x, j]
-        posterior = self._log_joint(x, sigma).softmax(1)  # [B, J], P(j | x)
+        offset = x[:, None] - mean
+        whitened = torch.linalg.solve(cov, offset[..., None])[..., 0]  # [B, J, d], S⁻¹(x − mean)
+        noise = sigma * whitened  # E[z | x, j]
+        data = self.means + (1 - sigma) * torch.einsum("jde,bje->bjd", self.covs, whitened)  # E[x0 | x, j]
+        joint = self.weights.log() - (offset * whitened).sum(2) / 2 - torch.linalg.slogdet(cov).logabsdet / 2
+        posterior = joint.softmax(1)  # [B, J], P(j | x)
         return torch.einsum("bj,bjd->bd", posterior, noise - data)
 
 
 def gaussian(mean, cov):
     """A single Gaussian as a mixture of one."""
-    return GaussianMixture([1.0], [mean], [cov])
+    return GaussianMixture([1.0], torch.as_tensor(mean)[None], torch.as_tensor(cov)[None])
 
 
 def propagate(sde, world):
