@@ -1,4 +1,6 @@
-"""Save, resume: one folder a checkpoint, written under a temporary name and renamed once complete.
+"""The run folder: settings, log, and checkpoints that survive a kill at any moment.
+
+A checkpoint is one folder, written under a temporary name and renamed once complete.
 
 Built on torch.distributed.checkpoint, so each rank writes its own shards and another number of ranks can read them; it
 works the same in one process without torch.distributed. A save that is killed leaves a folder whose name starts with
@@ -105,3 +107,49 @@ def load(path, module, optimizer, anchor):
     if anchor is not None:
         anchor.load_state_dict(state["anchor"], progress["anchor_refreshed_at"])
     return progress
+
+
+# ---------------------------------------------------------------------------------------------- settings and log
+def open_run(resumed, runs, name, default, settings):
+    """The run folder on every rank, with config.json: that of a resumed run, or a new one made by rank 0.
+
+    A new run never writes into an existing folder. Without a name it is called <default>-<n>.
+    """
+    chosen = [resumed]
+    if _rank() == 0:
+        run = Path(resumed) if resumed else _new_run(Path(runs), name, default)
+        (run / "config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False))
+        chosen = [str(run)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen, src=0)
+    return Path(chosen[0])
+
+
+def _new_run(runs, name, default):
+    if not name:
+        numbers = [int(number) for path in runs.glob(f"{default}-*") if (number := path.name[len(default) + 1 :]).isdigit()]
+        name = f"{default}-{max(numbers, default=0) + 1}"
+    if (runs / name).exists():
+        raise SystemExit(f"{runs / name} exists; continue it with --resume {runs / name}, or choose another --name")
+    (runs / name).mkdir(parents=True)
+    return runs / name
+
+
+def read_settings(run, known):
+    """config.json of a run to continue; settings that this version does not know are refused, not dropped."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume must name a run folder with a config.json: got {run}")
+    settings = json.loads(path.read_text())
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"{path} holds settings that this version does not know: {', '.join(unknown)}")
+    return settings
+
+
+def read_log(run, last_update):
+    """metrics.jsonl up to an update: what a killed run logged beyond its checkpoint is cut off, since it happens again."""
+    path = Path(run) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [line for line in lines if line["update"] <= last_update]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return kept

@@ -1,14 +1,18 @@
 """Train a video flow model with SAGE-GRPO.
 
     python train.py                        the toy, on a laptop, in about two minutes
+    python train.py --preset tiny          the real classes with tiny random weights: proves the path of the full run
+    python train.py --preset paper ...     HunyuanVideo-1.5 with VideoAlign, on all GPUs of this machine
+    torchrun ... train.py --preset paper   the same over several machines
     python train.py --resume runs/toy-1    go on where a run stopped, bit for bit
-    python train.py --dry-run              print settings and batch arithmetic, start nothing
+    add --dry-run                          print settings and batch arithmetic, start nothing
 """
 
 import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -16,27 +20,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-
-from grpo import GRPOConfig, OneProcess, collect, optimizer_steps, option, update
-from rewards import composite_reward
-from sde import SDE, SDE_TYPES, randn, rollout, sigma_schedule
-from toy import pictures
+from grpo import GRPOConfig, OneProcess, collect, evaluate, optimizer_steps, option, update
+from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts
+from sde import SDE, SDE_TYPES, sigma_schedule
+from toy import pictures, world
+from toy.model import ToyPolicy
 from trust_region import Anchor, kl_weights
+
+TOY, TINY = "toy", "tiny"
 
 
 @dataclass
 class Config(GRPOConfig):
     """All settings of a run. Defaults are the paper's, in brackets; a preset overrides some, an option overrides both."""
 
-    model: str = option("toy", "the policy: toy")
+    model: str = option("", "the policy: toy, tiny, or a hub id or local folder of HunyuanVideo-1.5 in diffusers format")
     name: str = option("", "run folder under --runs [default: the preset's name and a number]")
     runs: str = option("runs", "folder that holds the runs")
     seed: int = option(0, "seed of every random draw")
     updates: int = option(100, "rollout updates in all [paper: judged after 100]")
-    batch_size: int = option(2, "samples per rank and rollout update; a group may span ranks [paper: 2]")
     num_steps: int = option(20, "T, sampling steps of a rollout [paper: 20]")
     shift: float = option(5.0, "shift of the sigma schedule [paper: 5]")
     sde_type: str = option("sage_grpo", "sampler of Table 1, or our exact [paper: sage_grpo]", SDE_TYPES)
@@ -49,23 +55,42 @@ class Config(GRPOConfig):
     eval_noises: int = option(1, "noises per evaluation prompt")
     checkpoint_every: int = option(10, "updates between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept")
+    # The options below are read by the video model alone, not by the toy.
+    frames: int = option(81, "frames of a video, 4k + 1 [paper: 81]")
+    height: int = option(480, "pixels [paper: 480p]")
+    width: int = option(832, "pixels; 832 makes tokens divisible by 8 [paper: 480p, e.g. 864]")
+    fps: int = option(24, "frames a second [paper: 24]")
+    guidance_scale: float = option(6.0, "classifier-free guidance, in rollout and training [paper: 6.0]")
+    compute_dtype: str = option("bfloat16", "of the transformer; masters are float32 [paper: bf16]", ("bfloat16", "float32"))
+    lora_rank: int = option(0, "rank of the LoRA; 0 = full fine-tuning [paper: 0]")
+    anchor_offload: bool = option(False, "keep the moving anchor in host memory [released code: on]")
+    prompts: str = option(STARTER_TRAIN, "training prompts: .txt (one a line), .csv or .jsonl (prompt)")
+    eval_prompts: str = option(STARTER_EVAL, "evaluation prompts, likewise")
+    prompt_cache: str = option("", "folder of encoded prompts [default: prompt_cache under --runs]")
+    videoalign: str = option("", "checkpoint folder of VideoAlign (KwaiVGI/VideoReward), with model_config.json")
+    videoalign_repo: str = option("", "clone of the VideoAlign repository, for its prompt template")
+    clip_score: str = option("", "hub id or folder of a CLIP model: adds CLIPScore to the evaluation")
+    pick_score: str = option("", "hub id or folder of PickScore: adds PickScore to the evaluation")
+    gpus: int = option(0, "dry run: ranks to plan for; 0 = those of this launch")
+    gpu_memory_gb: float = option(0.0, "dry run: memory of one GPU in GiB; refuses what cannot fit; 0 = do not check")
 
-    def check(self):
+    def check(self, ranks):
         super().check()
-        for name in ("updates", "batch_size", "eval_every", "eval_steps", "eval_noises", "checkpoint_every", "keep_checkpoints"):
+        for name in ("updates", "eval_every", "eval_steps", "eval_noises", "checkpoint_every", "keep_checkpoints", "fps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive: got {self.learning_rate}")
-        if not self.eta > 0:
-            raise ValueError(f"eta must be positive to explore at all: got {self.eta}")
-        if self.batch_size % self.group_size:
+        for name in ("learning_rate", "eta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
+        if self.batch_size * ranks % self.group_size:
             raise ValueError(
-                f"group_size must divide batch_size × ranks: got {self.group_size} and {self.batch_size} × 1; "
-                f"use batch_size {self.group_size} or a multiple of it"
+                f"group_size must divide batch_size × ranks: got {self.group_size} and {self.batch_size} × {ranks}; "
+                f"use a batch_size that is a multiple of {self.group_size}, or other ranks"
             )
-        if self.model != "toy":
-            raise ValueError(f"model must be toy: got {self.model!r}")
+        if self.model == TOY and ranks > 1:
+            raise ValueError(f"the toy runs on one process: got {ranks} ranks; start it with python, not torchrun")
+        if not self.model:
+            raise ValueError("--model must name a hub id or a local folder of HunyuanVideo-1.5 in diffusers format: got nothing")
         optimizer_steps(self.batch_size, self.trained_steps(), self)
 
     def sde(self):
@@ -83,23 +108,33 @@ class Config(GRPOConfig):
 
 PRESETS = {
     "toy": dict(  # measured on the toy, see the README; the rest is the paper's
-        model="toy", group_size=16, batch_size=128, micro_batch=128, accumulation=1,  # 8 prompts × 16, one step per pass
+        model=TOY, group_size=16, batch_size=128, micro_batch=128, accumulation=1,  # 8 prompts × 16, one step a pass
         reward_setting="A",  # its three scores lie in [0, 1], and their mean is what the table shows
         updates=70, num_steps=10, noisy_last_step=False, learning_rate=2e-4,
         anchor_every=90, kl_velocity="closed_form", kl_lambda=0.03, kl_lambda_early=3e-4, kl_switch=35,
         eval_steps=10, eval_noises=2,
+    ),
+    "tiny": dict(  # the smallest run in which every part of the full run takes part
+        model=TINY, batch_size=4, micro_batch=2, accumulation=2, num_steps=4, updates=3, eval_steps=4, eval_every=2,
+        checkpoint_every=2, anchor_every=3, kl_switch=1, frames=5, height=64, width=64, compute_dtype="float32",
+        learning_rate=1e-4,
+    ),
+    "paper": dict(  # setting B; every value is a default above, with its source beside it, but for:
+        model="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+        micro_batch=1, accumulation=8,  # the paper's 2 × 4 samples per optimizer update, at half the activation memory
     ),
 }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ configuration
 def parse(arguments):
-    """(config, namespace) from the command line. Unknown options, and options that a resumed run cannot take, are refused."""
+    """(config, options) from the command line. Unknown options, and those that a resumed run cannot take, are refused."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from [default: toy]")
-    parser.add_argument("--resume", metavar="RUN", help="run folder to continue; takes --updates and nothing else")
+    parser.add_argument("--resume", metavar="RUN", help="run folder to continue; takes --updates or --export, nothing else")
+    parser.add_argument("--export", metavar="DIR", help="with --resume: write the newest checkpoint for diffusers, and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the arithmetic, and stop")
     for field in dataclasses.fields(Config):
         kind = {"type": field.type} if field.type is not bool else {"action": argparse.BooleanOptionalAction}
@@ -108,62 +143,87 @@ def parse(arguments):
         help_text = field.metadata["help"].replace("%", "%%") + f" (default {field.default!r})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help_text, **kind)
     options = parser.parse_args(arguments)
-    given = {k: v for k, v in vars(options).items() if k not in ("preset", "resume", "dry_run")}
+    given = {k: v for k, v in vars(options).items() if k not in ("preset", "resume", "export", "dry_run")}
     try:
         if options.resume:
-            config = resumed_config(Path(options.resume), given, options.preset)
+            refused = sorted(given.keys() - {"updates"}) + (["preset"] if options.preset else [])
+            if refused:
+                raise ValueError(f"--resume keeps a run's own settings; only --updates may change: got {', '.join(refused)}")
+            known = {field.name for field in dataclasses.fields(Config)}
+            config = Config(**checkpoint.read_settings(options.resume, known) | given)
         else:
+            if options.export:
+                raise ValueError("--export writes the newest checkpoint of a run: name it with --resume")
             config = Config(**PRESETS[options.preset or "toy"] | given)
-        config.check()
+        config.check(planned_ranks(config))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return config, options
 
 
-def resumed_config(run, given, preset):
-    """The settings of a run to continue: its own, except for a new number of updates."""
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"--resume must name a run folder with a config.json: got {run}")
-    refused = sorted(given.keys() - {"updates"}) + (["preset"] if preset else [])
-    if refused:
-        raise ValueError(f"--resume continues a run with its own settings; only --updates may change: got {', '.join(refused)}")
-    saved = json.loads((run / "config.json").read_text())
-    unknown = sorted(saved.keys() - {field.name for field in dataclasses.fields(Config)})
-    if unknown:
-        raise ValueError(f"{run / 'config.json'} holds settings that this version does not know: {', '.join(unknown)}")
-    return Config(**saved | given)
+def planned_ranks(config):
+    """The ranks of this launch: torchrun's, or else the GPUs that launch_on_all_gpus will take."""
+    if config.gpus or "WORLD_SIZE" in os.environ:
+        return config.gpus or int(os.environ["WORLD_SIZE"])
+    return 1 if config.model == TOY else max(1, torch.cuda.device_count())
 
 
-def arithmetic(config):
+def arithmetic(config, ranks):
     """What a run of these settings does, in numbers, before anything is spent."""
-    trained = config.trained_steps()
+    trained, samples = config.trained_steps(), config.batch_size * ranks
     steps = optimizer_steps(config.batch_size, trained, config)
+    guided = 1 if config.model == TOY or config.guidance_scale == 1 else 2
+    parts = [config.batch_size, *([guided] if guided == 2 else [])]
+    rollout_passes = int(np.prod([*parts, config.num_steps]))
+    update_passes = int(np.prod([*parts, trained]))
+    unit = "samples × steps" if guided == 1 else "samples × 2 (guidance) × steps"
     return "\n".join(
         [
-            f"samples per update       {config.batch_size} = {config.batch_size // config.group_size} prompts × {config.group_size}",
+            f"samples per update       {samples} = {samples // config.group_size} prompts × {config.group_size}, on {ranks} rank(s)",
             f"trained steps            {trained} of {config.num_steps}",
             f"micro-batches per update {config.batch_size // config.micro_batch * trained}"
-            f" = {config.batch_size} / {config.micro_batch} × {trained}",
+            f" = {config.batch_size} / {config.micro_batch} × {trained}, per rank",
             f"optimizer updates        {steps} per update, {steps * config.updates} in all",
             f"anchor refresh           every {config.anchor_every} optimizer updates = {config.anchor_every / steps:g} updates",
+            f"passes per rank          rollout {rollout_passes}, update {update_passes} with gradient ({unit}), and as many "
+            "without where the anchor is not the rollout's policy",
         ]
     )
 
 
-def new_run(config):
-    """Create the run folder; an existing one is never written into."""
-    if config.name:
-        run = Path(config.runs) / config.name
-        if run.exists():
-            raise SystemExit(f"{run} exists; continue it with --resume {run}, or choose another --name")
-    else:
-        numbers = [int(p.name[4:]) for p in Path(config.runs).glob("toy-*") if p.name[4:].isdigit()]
-        run = Path(config.runs) / f"toy-{max(numbers, default=0) + 1}"
-    run.mkdir(parents=True)
-    return run
+# ------------------------------------------------------------------------------------------------ ranks and randomness
+class Ranks(OneProcess):
+    """`gather` over all ranks of torch.distributed: concatenates in the order of the ranks."""
+
+    def __init__(self):
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def __call__(self, tensor):
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
 
 
-# ------------------------------------------------------------------------------------------------ randomness
+def launch_on_all_gpus(config):
+    """`python train.py` on a machine with several GPUs becomes torchrun on all of them."""
+    count = torch.cuda.device_count()
+    if config.model != TOY and count > 1 and "RANK" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def setup_ranks(config):
+    """(gather, device, mesh) of this process; the mesh is None on one process."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() and config.model != TOY else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return OneProcess(), device, None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(), device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
+
+
 def generator(*key):
     """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", update, sample).
 
@@ -193,22 +253,6 @@ def draw_window(sde, length, seed, update_index):
     return sde.window(starts[pick], length)
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
-def evaluate(policy, reward, prompts, config):
-    """Score ODE samples of fixed prompts and noise. Returns (metrics, the first noise's videos [prompts, F, C, H, W])."""
-    prompts = [prompt for prompt in prompts for _ in range(config.eval_noises)]
-    generators = [generator(config.seed, "eval", i) for i in range(len(prompts))]
-    conditions = policy.encode(prompts)
-    noise = randn((len(prompts), *policy.latent_shape), generators)
-    ode = SDE(config.sde_type, 0.0, sigma_schedule(config.eval_steps, config.shift))
-    samples = rollout(lambda x, sigma: policy.velocity(x, sigma, conditions), noise, ode, generators).states[:, -1]
-    videos = policy.decode(samples)
-    scores = reward(videos, prompts)
-    scores = {"reward": composite_reward(scores, config.reward_setting), **scores}
-    return {f"eval_{name}": values.nanmean().item() for name, values in scores.items()}, videos[:: config.eval_noises]
-
-
-# ------------------------------------------------------------------------------------------------ the run
 class Interrupt:
     """Ctrl-C (or SIGTERM) once: stop after this update, with a checkpoint. Twice: stop at once."""
 
@@ -224,100 +268,193 @@ class Interrupt:
         print("\nstopping after this update; once more stops at once and loses it", file=sys.stderr, flush=True)
 
 
-def read_log(run, last_update):
-    """metrics.jsonl up to an update: what a killed run logged beyond its checkpoint is cut off, since it happens again."""
-    path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [line for line in lines if line["update"] <= last_update]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+# ------------------------------------------------------------------------------------------------ policy and rewards
+def build(config, run, gather, device, mesh):
+    """(policy, training reward, evaluation reward, training prompts, evaluation prompts)."""
+    if config.model == TOY:
+        return ToyPolicy(), world.rewards, world.rewards, world.PROMPTS, world.PROMPTS
+
+    prompts, eval_prompts = read_prompts(config.prompts), read_prompts(config.eval_prompts)
+    model, videoalign, repo = config.model, config.videoalign, config.videoalign_repo
+    if model == TINY:
+        model, videoalign, repo = (run / "tiny" / part for part in ("model", "videoalign", "videoalign_repo"))
+        prompts, eval_prompts = prompts[:4], eval_prompts[:4]
+        if gather.rank == 0 and not repo.exists():
+            from toy.tiny_models import build_tiny_hunyuan
+            from toy.tiny_videoalign import build_tiny_template, build_tiny_videoalign
+
+            build_tiny_hunyuan(model), build_tiny_videoalign(videoalign), build_tiny_template(repo)
+        gather(torch.zeros(1, device=device))  # nobody reads before it is written
+    import hunyuan
+    from rewards import CLIPScore, PickScore, VideoAlign
+
+    hunyuan.check_model(model)  # before gigabytes are loaded
+    reward = VideoAlign(videoalign, repo, device, fps=config.fps)
+    extra = [kind(where, device) for kind, where in ((CLIPScore, config.clip_score), (PickScore, config.pick_score)) if where]
+    policy = hunyuan.load(
+        str(model), config.frames, config.height, config.width, config.prompt_cache or Path(config.runs) / "prompt_cache",
+        device, getattr(torch, config.compute_dtype), config.lora_rank, config.guidance_scale, mesh, config.seed,
+    )  # fmt: skip
+    policy.encode(prompts + eval_prompts)  # now, so that the text encoders come and go once
+
+    def eval_reward(videos, texts):
+        scores = reward(videos, texts)
+        scores["Overall"] = sum(scores.values())
+        for scorer in extra:
+            scores |= scorer(videos, texts)
+        return scores
+
+    return policy, reward, eval_reward, prompts, eval_prompts
 
 
+def run_evaluation(policy, reward, prompts, config, update_index, run, gather):
+    """Evaluate on fixed prompts and noise. Writes the videos as mp4 and a contact sheet (the toy: neither).
+
+    Returns (metrics, thumbnails uint8 [prompts, F', 3, H', W'] of each prompt's first noise).
+    """
+    ode = SDE(config.sde_type, 0.0, sigma_schedule(config.eval_steps, config.shift))
+    generators = [generator(config.seed, "eval", i) for i in range(len(prompts) * config.eval_noises)]
+    folder = run / "eval" / f"update-{update_index:06d}"
+    if config.model != TOY:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(place, video):
+        if config.model != TOY:
+            from rewards import write_video
+
+            write_video(folder / f"{place:03d}.mp4", video, config.fps)
+        return pictures.thumbnail(video)
+
+    repeated = [prompt for prompt in prompts for _ in range(config.eval_noises)]
+    metrics, thumbnails = evaluate(policy, reward, repeated, ode, generators, config, gather, keep)
+    thumbnails = thumbnails[:: config.eval_noises].numpy()
+    if config.model != TOY and gather.rank == 0:
+        pictures.contact_sheet(thumbnails, prompts, folder / "contact_sheet.png")
+    return metrics, thumbnails
+
+
+# ------------------------------------------------------------------------------------------------ the run
 def main(arguments=None):
     config, options = parse(arguments)
-    print(json.dumps(asdict(config), indent=1, ensure_ascii=False) if options.dry_run else "", end="\n" if options.dry_run else "")
-    print(arithmetic(config))
+    ranks = planned_ranks(config)
     if options.dry_run:
-        return
+        print(json.dumps(asdict(config), indent=1, ensure_ascii=False))
+        print(arithmetic(config, ranks))
+        return print_memory(config, ranks) if config.model not in (TOY, TINY) else None
+    launch_on_all_gpus(config)
+    gather, device, mesh = setup_ranks(config)
+    first = gather.rank == 0
+    default = config.model if config.model in (TOY, TINY) else "paper"
+    run = checkpoint.open_run(options.resume, config.runs, config.name, default, asdict(config))
+    if first:
+        print(arithmetic(config, gather.world))
 
-    from toy import world
-    from toy.model import ToyPolicy
-
-    policy, reward, prompts, eval_prompts = ToyPolicy(), world.rewards, world.PROMPTS, world.PROMPTS
-    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    policy, reward, eval_reward, prompts, eval_prompts = build(config, run, gather, device, mesh)
+    trained = [p for p in policy.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     w_pos, _ = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
-    anchor = Anchor(policy.module, None if config.kl_mode == "fixed" else config.anchor_every) if w_pos else None
-    sde, gather = config.sde(), OneProcess()
-
-    done = optimizer_updates = 0
+    every = None if config.kl_mode == "fixed" else config.anchor_every
+    anchor = Anchor(policy.module, every, config.anchor_offload) if w_pos else None
+    sde, done, optimizer_updates = config.sde(), 0, 0
     if options.resume:
-        run = Path(options.resume)
         progress = checkpoint.load(checkpoint.latest(run / "checkpoints"), policy.module, optimizer, anchor)
         done, optimizer_updates = progress["update"], progress["optimizer_updates"]
-    else:
-        run = new_run(config)
-    (run / "config.json").write_text(json.dumps(asdict(config), indent=1, ensure_ascii=False))
-    log = read_log(run, done)
+    if options.export:
+        return export(policy, options.export)
+    log = checkpoint.read_log(run, done) if first else []
 
     def write(line):
-        log.append(line)
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if first:
+            log.append(line)
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
-    if not log:
-        scores, videos = evaluate(policy, reward, eval_prompts, config)
+    if not (run / "samples_before.npy").exists():
+        scores, thumbnails = run_evaluation(policy, eval_reward, eval_prompts, config, 0, run, gather)
         write({"update": 0, **scores})
-        np.save(run / "samples_before.npy", videos.numpy())
+        if first:
+            np.save(run / "samples_before.npy", thumbnails)
 
-    interrupt = Interrupt()
-    bar = tqdm(range(done, config.updates), initial=done, total=config.updates, desc=run.name, dynamic_ncols=True)
+    interrupt, board, stop, thumbnails = Interrupt(), tensorboard(run) if first else None, False, None
+    bar = tqdm(range(done, config.updates), initial=done, total=config.updates, desc=run.name, disable=not first)
     for index in bar:
-        groups = draw_prompts(prompts, config.batch_size // config.group_size, config.seed, index)
-        mine = [(g, i) for g in range(len(groups)) for i in range(config.group_size)]
-        noises = [generator(config.seed, "noise", index, g, i) for g, i in mine]
-        orders = [generator(config.seed, "order", index, g, i) for g, i in mine]
+        groups = draw_prompts(prompts, config.batch_size * gather.world // config.group_size, config.seed, index)
+        places = range(gather.rank * config.batch_size, (gather.rank + 1) * config.batch_size)  # among all ranks' samples
+        noises = [generator(config.seed, "noise", index, place) for place in places]
+        orders = [generator(config.seed, "order", index, place) for place in places]
+        texts = [groups[place // config.group_size] for place in places]
         update_sde = draw_window(sde, config.window, config.seed, index)
-        batch = collect(
-            policy, reward, [groups[g] for g, _ in mine], update_sde, noises, config, optimizer_updates, gather
-        )
+
+        batch = collect(policy, reward, texts, update_sde, noises, config, optimizer_updates, gather)
         metrics, optimizer_updates = update(
             policy, batch, config, optimizer, anchor, orders, index, optimizer_updates, gather
         )
+
         metrics = {"update": index + 1, **batch.metrics, **metrics, "optimizer_updates": optimizer_updates}
-        last = index + 1 == config.updates or interrupt.asked
+        for cause in getattr(reward, "failures", []):
+            print(f"rank {gather.rank}, update {index + 1}: not scored: {cause}", file=sys.stderr)
+        stop = bool(gather(torch.tensor([interrupt.asked], device=device)).any())  # all ranks stop together
+        last = index + 1 == config.updates or stop
         if last or (index + 1) % config.eval_every == 0:
-            scores, videos = evaluate(policy, reward, eval_prompts, config)
+            scores, thumbnails = run_evaluation(policy, eval_reward, eval_prompts, config, index + 1, run, gather)
             metrics |= scores
         write(metrics)
         bar.set_postfix(reward=f"{metrics['reward_mean']:.3f}", kl=f"{metrics.get('kl_position', metrics['kl_velocity']):.1e}")
+        if board is not None:
+            for name, value in metrics.items():
+                board.add_scalar(name, value, index + 1)
         if last or (index + 1) % config.checkpoint_every == 0:
             progress = {"update": index + 1, "optimizer_updates": optimizer_updates}
-            checkpoint.save(
-                run / "checkpoints", policy.module, optimizer, anchor, progress, config.keep_checkpoints
-            )
-        if interrupt.asked:
+            checkpoint.save(run / "checkpoints", policy.module, optimizer, anchor, progress, config.keep_checkpoints)
+        if stop:
             break
     bar.close()
-
-    np.save(run / "samples_after.npy", evaluate(policy, reward, eval_prompts, config)[1].numpy())
-    pictures.curves(log, config.clip_range, run / "curves.png")
-    pictures.side_by_side(
-        np.load(run / "samples_before.npy"), np.load(run / "samples_after.npy"), eval_prompts, run / "samples_before_after.gif"
-    )
-    if interrupt.asked:
-        print(f"stopped after update {log[-1]['update']}; go on with: python train.py --resume {run}")
-    print(table(log))
-    print(f"{run}: metrics.jsonl, curves.png, samples_before_after.gif, checkpoints")
+    if first:
+        pictures.report(run, log, config.clip_range, eval_prompts, thumbnails)
+        if stop:
+            print(f"stopped after update {log[-1]['update']}; go on with: python train.py --resume {run}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def table(log):
-    """Before → after, from the first and the last evaluation."""
-    evaluations = [line for line in log if "eval_reward" in line]
-    first, last = evaluations[0], evaluations[-1]
-    names = [name for name in first if name.startswith("eval_")]
-    rows = [f"{'ODE samples':12} {'before':>8} {'after ' + str(last['update']):>10}  change"]
-    rows += [f"{n[5:]:12} {first[n]:8.4f} {last[n]:10.4f} {last[n] - first[n]:+8.4f}" for n in names]
-    return "\n".join(rows)
+def export(policy, folder):
+    """What stock diffusers loads, see hunyuan.export; of the toy, its state dict as folder/toy.pt."""
+    if isinstance(policy, ToyPolicy):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(policy.module.state_dict(), Path(folder) / "toy.pt")
+    else:
+        import hunyuan
+
+        hunyuan.export(policy, folder)
+    print(f"exported to {folder}")
+
+
+def print_memory(config, ranks):
+    """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
+    import hunyuan
+
+    tokens = hunyuan.token_count(config.frames, config.height, config.width)
+    parts = hunyuan.memory_estimate(tokens, ranks, config.lora_rank, config.micro_batch, config.anchor_offload)
+    if not kl_weights(config.kl_mode)[0]:
+        parts["total"] -= parts.pop("anchor")
+    parts["videoalign"] = 4 * 2.2e9 / 2**30  # Qwen2-VL-2B in float32
+    total = parts.pop("total") + parts["videoalign"]
+    print(f"tokens per video         {tokens} = latent frames × height/16 × width/16, parameters 8,326,608,160")
+    print("memory per GPU (GiB)     " + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()) + f" = {total:.1f}")
+    if config.gpu_memory_gb and total > config.gpu_memory_gb:
+        raise SystemExit(
+            f"the estimate must fit the GPU: got {total:.1f} GiB for {config.gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "
+            "--anchor_offload, --micro_batch 1, or fewer frames and pixels"
+        )
+
+
+def tensorboard(run):
+    """A TensorBoard writer where the package is installed, else None: metrics.jsonl holds the same."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(run / "tensorboard")
 
 
 if __name__ == "__main__":

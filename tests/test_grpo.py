@@ -13,7 +13,7 @@ from sde import SDE, log_prob, sigma_schedule
 from trust_region import Anchor, gaussian_kl
 
 B, DIM, T = 8, 6, 5
-CONFIG = GRPOConfig(group_size=4, micro_batch=8, accumulation=1, kl_mode="none", max_grad_norm=1e9, clip_range=10.0)
+CONFIG = GRPOConfig(group_size=4, micro_batch=8, accumulation=1, kl_mode="none", max_grad_norm=1e9, clip_range=10.0, max_failed_rewards=0.2)
 
 
 class LinearPolicy:
@@ -28,9 +28,9 @@ class LinearPolicy:
     def encode(self, prompts):
         return [torch.full((DIM,), float(len(prompt))) for prompt in prompts]
 
-    def velocity(self, x, sigma, conditions):
+    def velocity(self, x, sigma, cond):
         self.passes += 1
-        return self.module(x) + sigma[:, None] * torch.stack(conditions)
+        return self.module(x) + sigma[:, None] * torch.stack(cond)
 
     def decode(self, x):
         return x
@@ -169,7 +169,7 @@ def test_a_failed_sample_takes_no_part():
 
 
 def test_all_samples_failing_is_an_error():
-    with pytest.raises(RuntimeError, match="at least one sample must be scored"):
+    with pytest.raises(RuntimeError, match="at most a share of 0.2 of the samples .* got 1.000; first cause"):
         rolled_out(reward=failing(slice(None)))
 
 

@@ -92,9 +92,9 @@ class ToyPolicy:
     def encode(self, prompts):
         return [torch.tensor([world.VOCABULARY.index(word) for word in world.parse(prompt)]) for prompt in prompts]
 
-    def velocity(self, x, sigma, conditions):
+    def velocity(self, x, sigma, cond):
         self.passes += 1
-        return self.module(x, sigma, torch.stack(conditions))
+        return self.module(x, sigma, torch.stack(cond))
 
     def decode(self, latents):
         return world.to_uint8(latents)

@@ -1,11 +1,14 @@
 """The pictures that a run saves: its curves, and the same prompts and noise before and after training."""
 
+import textwrap
+
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 # Okabe and Ito's colours, distinguishable under the common colour blindnesses.
@@ -46,37 +49,78 @@ def curves(log, clip_range, path):
     ratio.set(title="Ratio ρ − 1", ylabel="ρ − 1", xlabel="rollout update")
 
     gradient.plot(*series("grad_norm"), color=BLACK, lw=1.5)
-    gradient.set(title="Gradient norm before clipping", ylabel="norm", xlabel="rollout update", yscale="log")
+    gradient.set(title="Gradient norm before clipping", ylabel="norm", xlabel="rollout update", ylim=(0, None))
     for axis in (reward, kl, ratio):
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right")
     for axis in (reward, kl, ratio, gradient):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def thumbnail(video, frames=8, longest=208):
+    """uint8 [F, 3, H, W] -> the same with at most `frames` frames and `longest` pixels a side; a toy clip stays as it is."""
+    chosen = video[torch.linspace(0, len(video) - 1, min(frames, len(video))).round().long()]
+    scale = longest / max(video.shape[2:])
+    if scale < 1:
+        chosen = torch.nn.functional.interpolate(chosen.float(), scale_factor=scale, mode="area").round().to(torch.uint8)
+    return chosen.cpu()
+
+
+def contact_sheet(videos, prompts, path, columns=4):
+    """A PNG with one row for each prompt: its text, and `columns` frames of uint8 videos [prompts, F, 3, H, W]."""
+    chosen = np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)
+    height, width = videos.shape[3:]
+    label, gap = 16, 6
+    canvas = Image.new("RGB", (columns * (width + gap), len(videos) * (height + label + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
+        top = row * (height + label + gap)
+        draw.text((2, top + 1), prompt, "black", ImageFont.load_default(11))
+        for column, frame in enumerate(chosen):
+            canvas.paste(Image.fromarray(video[frame].transpose(1, 2, 0)), (column * (width + gap), top + label))
+    canvas.save(path)
+
+
 def side_by_side(before, after, prompts, path, count=8, pixels=108, fps=8):
     """An animated GIF: `count` prompts, spread over the list, above them the video before and below the one after.
 
-    before, after: uint8 [prompts, F, 3, H, W], made from the same noise.
+    before, after: uint8 [prompts, F, 3, H, W], made from the same noise. pixels: width of one video.
     """
-    chosen = np.linspace(0, len(prompts) - 1, count).round().astype(int)
-    gap, text, left = 6, 34, 46
-    width, height = left + count * (pixels + gap), text + 2 * (pixels + gap)
+    chosen = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int)
+    gap, text, left, tall = 6, 48, 46, round(pixels * before.shape[3] / before.shape[4])
+    width, height = left + len(chosen) * (pixels + gap), text + 2 * (tall + gap)
     font = ImageFont.load_default(11)
     pictures = []
     for frame in range(before.shape[1]):
         canvas = Image.new("RGB", (width, height), "white")
         draw = ImageDraw.Draw(canvas)
         for row, (label, videos) in enumerate({"before": before, "after": after}.items()):
-            top = text + row * (pixels + gap)
-            draw.text((4, top + pixels // 2 - 6), label, "black", font)
+            top = text + row * (tall + gap)
+            draw.text((4, top + tall // 2 - 6), label, "black", font)
             for column, index in enumerate(chosen):
                 picture = Image.fromarray(videos[index, frame].transpose(1, 2, 0))
                 place = left + column * (pixels + gap), top
-                canvas.paste(picture.resize((pixels, pixels), Image.Resampling.NEAREST), place)
+                canvas.paste(picture.resize((pixels, tall), Image.Resampling.NEAREST), place)
         for column, index in enumerate(chosen):
-            words = prompts[index].replace("a ", "", 1).split(" blob moves ")
-            draw.multiline_text((left + column * (pixels + gap), 3), "\n".join(words), "black", font)
+            words = textwrap.wrap(prompts[index], 18, max_lines=3, placeholder=" …")
+            draw.multiline_text((left + column * (pixels + gap), 2), "\n".join(words), "black", font)
         pictures.append(canvas)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+
+
+def report(run, log, clip_range, prompts, thumbnails):
+    """The end of a run: curves, pictures, and the table before → after from the first and the last evaluation.
+
+    thumbnails: of the last evaluation, or None where this process made none.
+    """
+    curves(log, clip_range, run / "curves.png")
+    if thumbnails is not None:
+        np.save(run / "samples_after.npy", thumbnails)
+        side_by_side(np.load(run / "samples_before.npy"), thumbnails, prompts, run / "samples_before_after.gif")
+    evaluations = [line for line in log if "eval_reward" in line]
+    before, after = evaluations[0], evaluations[-1]
+    print(f"{'ODE samples':12} {'before':>8} {'after ' + str(after['update']):>10}  change")
+    for name in [name for name in before if name.startswith("eval_")]:
+        print(f"{name[5:]:12} {before[name]:8.4f} {after[name]:10.4f} {after[name] - before[name]:+8.4f}")
+    print(f"{run}: metrics.jsonl, curves.png, samples_before_after.gif, checkpoints")

@@ -1,0 +1,350 @@
+"""HunyuanVideo-1.5 with tiny random weights of the real classes: ours against the stock pipeline."""
+
+import re
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+import hunyuan
+from hunyuan import HunyuanPolicy, PromptEncoder, latent_shape, load, memory_estimate, meta_transformer, token_count
+from sde import SDE, rollout, sigma_schedule
+from toy.tiny_models import build_tiny_hunyuan
+
+FRAMES, HEIGHT, WIDTH = 5, 64, 48
+PROMPTS = ['A red cat holds a sign that says "hello", in the rain', "dog"]  # with and without quotes, of different length
+SIGMA = torch.tensor([0.97826, 0.4])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors are tiny: on a busy machine threads that wait for each other take five times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_tiny_hunyuan(tmp_path_factory.mktemp("hunyuan") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    pipeline = HunyuanVideo15Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def make(folder, cache):
+    """policy, conditions, x: loaded anew for each test, since most of them change the weights."""
+
+    def make_policy(**options):
+        policy = load(folder, FRAMES, HEIGHT, WIDTH, cache, **options)
+        return policy, policy.encode(PROMPTS), noise(len(PROMPTS), *policy.latent_shape)
+
+    return make_policy
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(pipeline, x, steps):
+    options = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "output_type": "latent"}
+    return pipeline(prompt=PROMPTS, num_inference_steps=steps, latents=x, **options).frames
+
+
+def stock_velocity(transformer, policy, x, cond):
+    stock = HunyuanPolicy(transformer, policy.vae, policy.prompts, policy.latent_shape)
+    stock.encode(PROMPTS)
+    return stock.velocity(x, SIGMA, cond)
+
+
+@torch.no_grad()
+def randomise(parameters):
+    for seed, parameter in enumerate(parameters):
+        parameter += 0.05 * noise(*parameter.shape, seed=seed)
+
+
+def trainable(policy):
+    return {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
+
+
+def gradients(policy, x, cond):
+    policy.module.zero_grad()
+    (policy.velocity(x, SIGMA, cond) * noise(*x.shape, seed=2)).sum().backward()
+    return {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------ against stock
+def test_velocity_is_the_stock_denoiser_call(make, pipeline, monkeypatch):
+    policy, cond, x = make()
+    calls, step = [], pipeline.scheduler.step
+
+    def record(v, t, latents, **options):
+        calls.append((v, t, latents))
+        return step(v, t, latents, **options)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", record)
+    sample(pipeline, x, steps=2)
+    assert len(calls) == 2
+    with torch.no_grad():
+        for v_stock, t, latents in calls:
+            v = policy.velocity(latents, (t / 1000).expand(2), cond)
+            assert v.dtype == torch.float32 and (v - v_stock).abs().max() < 1e-5
+        assert policy.passes == 2 * 2 * 2  # steps × samples × (conditional and unconditional)
+        policy.guidance_scale = 5.0  # the comparison above must be able to see guidance
+        assert (policy.velocity(latents, (t / 1000).expand(2), cond) - v_stock).abs().max() > 1e-3
+
+
+def test_ode_sampling_is_the_stock_pipeline_call(make, pipeline):
+    policy, cond, x = make()
+    stock = sample(pipeline, x, steps=4)
+    ode = SDE("sage_grpo", 0.0, sigma_schedule(4, shift=5.0))
+    ours = rollout(lambda x, sigma: policy.velocity(x, sigma, cond), x, ode, torch.Generator()).states[:, -1]
+    assert (ours - stock).abs().max() < 1e-4
+
+
+def test_decode_is_the_stock_decoder_for_a_batch(make, pipeline):
+    policy, _, x = make()
+    video = policy.decode(x)
+    assert video.shape == (2, FRAMES, 3, HEIGHT, WIDTH) and video.dtype == torch.uint8 and video.is_contiguous()
+    for ours, latent in zip(video, x):
+        decoded = pipeline.vae.decode(latent[None] / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+        stock = pipeline.video_processor.postprocess_video(decoded.detach(), output_type="pt")[0]
+        assert (ours / 255 - stock).abs().max() <= 0.5 / 255 + 1e-4
+    wide = policy.decode(noise(1, 32, 1, 1, 17))  # wider than one tile of 256 pixels
+    assert wide.shape == (1, 1, 3, 16, 17 * 16)
+
+
+@torch.no_grad()
+def test_encoding_is_the_stock_one_without_padding(make, pipeline):
+    policy, cond, _ = make()
+    text, text_mask, glyphs, glyph_mask = pipeline.encode_prompt([*PROMPTS, ""], batch_size=3)
+    for i, prompt in enumerate([*cond, policy.unconditional]):
+        torch.testing.assert_close(prompt.text, text[i][text_mask[i].bool()], rtol=0, atol=1e-6)
+        torch.testing.assert_close(prompt.glyphs, glyphs[i][glyph_mask[i].bool()], rtol=0, atol=1e-6)
+    assert len(cond[0].text) != len(cond[1].text) and len(cond[0].glyphs) > 0 and len(cond[1].glyphs) == 0
+
+
+# ------------------------------------------------------------------------------------------------ velocity
+@torch.no_grad()
+def test_a_batch_of_different_prompts_equals_one_by_one(make):
+    policy, cond, x = make()
+    together = policy.velocity(x, SIGMA, cond)
+    alone = torch.cat([policy.velocity(x[i : i + 1], SIGMA[i : i + 1], [cond[i]]) for i in range(2)])
+    swapped = policy.velocity(x, SIGMA, cond[::-1])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    assert (together - swapped).abs().max() > 1e-3
+
+
+def test_no_attention_mask_over_the_video(make, pipeline, monkeypatch):
+    policy, cond, x = make()
+    shapes, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, *args, attn_mask=None, **options):
+        shapes.append((query.shape[-2], None if attn_mask is None else tuple(attn_mask.shape)))
+        return attention(query, *args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    prompts = (*cond, policy.unconditional)
+    joint = {token_count(FRAMES, HEIGHT, WIDTH) + len(prompt.text) + len(prompt.glyphs) for prompt in prompts}
+    with torch.no_grad():
+        policy.velocity(x, SIGMA, cond)
+        assert {length for length, mask in shapes if mask is None} == joint
+        assert {length for length, mask in shapes if mask is not None} == {len(prompt.text) for prompt in prompts}  # refiner
+        shapes.clear()
+        stock_velocity(pipeline.transformer, policy, x, cond)
+        assert joint <= {length for length, mask in shapes if mask == (1, 1, length, length)}  # what ours avoids
+
+
+@torch.no_grad()
+def test_bf16_compute_keeps_latent_and_timestep_in_float32(make):
+    policy, cond, x = make(guidance_scale=1.0)
+    exact = policy.velocity(x, SIGMA, cond)
+    assert policy.passes == 2  # a guidance scale of 1 needs no unconditional pass
+    policy.compute_dtype, seen = torch.bfloat16, []
+    policy.module.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    v = policy.velocity(x, SIGMA, cond)
+    assert v.dtype == torch.float32 and (v - exact).norm() / exact.norm() < 0.02
+    assert seen[0]["timestep"].dtype == seen[0]["hidden_states"].dtype == torch.float32
+    assert abs(seen[0]["timestep"].item() - 978.26) < 1e-3  # bf16 would make it 980
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_checkpointing_leaves_gradients_bit_identical(make, lora_rank):
+    policy, cond, x = make(lora_rank=lora_rank)
+    randomise(trainable(policy).values())
+    assert policy.module.is_gradient_checkpointing
+    checkpointed = gradients(policy, x, cond)
+    policy.module.disable_gradient_checkpointing()
+    plain = gradients(policy, x, cond)
+    assert checkpointed.keys() == plain.keys() and all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+
+
+# ------------------------------------------------------------------------------------------------ what is trained
+def test_frozen_are_exactly_the_parameters_without_a_gradient(make):
+    policy, cond, x = make()
+    frozen = {name for name, p in policy.module.named_parameters() if not p.requires_grad}
+    assert gradients(policy, x, cond).keys().isdisjoint(frozen)
+    policy.module.requires_grad_(True)  # as stock would train it
+    found = gradients(policy, x, cond)
+    dead = {name for name, _ in policy.module.named_parameters() if name not in found or not found[name].any()}
+    assert frozen == dead
+    without = {re.sub(r".*\.1\.|\.(net.*|weight|bias)$", "", name) for name in dead - found.keys()}
+    assert without == {"attn.to_add_out", "ff_context"}  # the others' gradients are zeros
+
+
+def test_lora_trains_float32_adapters_that_all_get_gradients(make):
+    (base, cond, x), (policy, _, _) = make(), make(lora_rank=4)
+    with torch.no_grad():  # it starts as the base model
+        assert torch.equal(policy.velocity(x, SIGMA, cond), base.velocity(x, SIGMA, cond))
+    adapters = trainable(policy)
+    assert all("lora_" in name for name in adapters)
+    assert not any(name.startswith(hunyuan.dead_parts(policy.module)) for name in adapters)
+    randomise(adapters.values())
+    found = gradients(policy, x, cond)
+    assert found.keys() == adapters.keys() and all(gradient.any() for gradient in found.values())
+    mixed, cond, _ = make(lora_rank=4, compute_dtype=torch.bfloat16)
+    dtypes = {(p.requires_grad, p.dtype) for p in mixed.module.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)} and cond[0].text.dtype == torch.bfloat16
+    assert gradients(mixed, x, cond).keys() == adapters.keys()
+
+
+def test_lora_starts_the_same_everywhere_and_leaves_the_global_generator_alone(make):
+    state = torch.manual_seed(5).get_state()
+    first = trainable(make(lora_rank=4)[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    second = trainable(make(lora_rank=4)[0])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------------------ export and shards
+@pytest.fixture
+def mesh(tmp_path):
+    """A mesh of one process: the code path of FSDP2 and of sharded state, without a second process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_export_loads_in_stock_diffusers(make, folder, tmp_path, lora_rank):
+    policy, cond, x = make(lora_rank=lora_rank)
+    before = policy.velocity(x, SIGMA, cond)
+    randomise(trainable(policy).values())
+    after = policy.velocity(x, SIGMA, cond)
+    hunyuan.export(policy, tmp_path)
+    if lora_rank:
+        stock = HunyuanVideo15Transformer3DModel.from_pretrained(folder, subfolder="transformer")
+        stock.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    else:
+        stock = HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(stock_velocity(stock, policy, x, cond), after, rtol=0, atol=1e-6)
+    state = dict(policy.module.named_parameters())
+    loaded = {name.replace(".default_0.", ".default."): p for name, p in stock.named_parameters()}
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # it returns a view: nothing writes into a velocity
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_sharded_policy_trains_and_exports_like_the_plain_one(make, mesh, tmp_path, lora_rank):
+    exported = {}
+    for name, options in (("plain", {}), ("sharded", {"mesh": mesh})):
+        policy, cond, x = make(lora_rank=lora_rank, **options)
+        found = gradients(policy, x, cond)
+        assert all(isinstance(gradient, DTensor) == (name == "sharded") for gradient in found.values())
+        torch.optim.SGD(trainable(policy).values(), lr=0.01).step()
+        hunyuan.export(policy, tmp_path / name)
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        exported[name] = load_file(file)
+    torch.testing.assert_close(exported["sharded"], exported["plain"], rtol=0, atol=1e-6)
+    assert any(weight.any() for name, weight in exported["plain"].items() if "lora_B" in name or not lora_rank)  # it moved
+
+
+# ------------------------------------------------------------------------------------------------ prompt cache
+def test_cached_prompts_load_no_encoder(folder, cache, make, monkeypatch):
+    def refuse(cls, model, name, **options):
+        raise AssertionError(f"{name} was loaded")
+
+    _, cond, _ = make()
+    monkeypatch.setattr(hunyuan, "load_component", refuse)
+    again = PromptEncoder(folder, cache, "cpu", torch.float32)(PROMPTS)
+    assert all(torch.equal(a, b) for first, second in zip(cond, again) for a, b in zip(first, second))
+    assert not list(cache.glob("*.tmp"))
+    with pytest.raises(AssertionError, match="was loaded"):
+        PromptEncoder(folder, cache, "cpu", torch.float32)(["a prompt that nobody encoded"])
+
+
+def test_cache_names_depend_on_model_weights_dtype_and_prompt(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    paths = [PromptEncoder(model, tmp_path, "cpu", torch.float32).path("dog") for model in (folder, copy, "org/a", "org/b")]
+    encoder = PromptEncoder(copy, tmp_path, "cpu", torch.float32)
+    paths += [encoder.path("dog "), PromptEncoder(copy, tmp_path, "cpu", torch.bfloat16).path("dog")]
+    build_tiny_hunyuan(copy, seed=1)
+    paths.append(encoder.path("dog"))
+    assert len(set(paths)) == len(paths)
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+def test_released_architecture_has_the_published_sizes():
+    transformer = meta_transformer()
+    assert transformer.num_parameters() == 8_326_608_160 and len(transformer.transformer_blocks) == 54
+    assert all(parameter.is_meta for parameter in transformer.parameters())
+    assert latent_shape(81, 480, 848) == (32, 21, 30, 53)
+    assert token_count(81, 480, 848) == 33_390 and token_count(81, 480, 832) == 32_760
+
+
+def test_memory_estimate_adds_up(make):
+    tokens, size = token_count(81, 480, 832), 8_326_608_160 / 2**30
+    full, lora = memory_estimate(tokens, gpus=8), memory_estimate(tokens, gpus=1, lora_rank=64)
+    assert full["weights"] == pytest.approx(4 * size / 8) and 0.95 * size < full["optimizer"] < size
+    assert full["anchor"] == full["gradients"] and memory_estimate(tokens, gpus=8, anchor_offload=True)["anchor"] == 0
+    assert 2 * size < lora["weights"] < 2.2 * size
+    assert full["total"] == pytest.approx(sum(size for name, size in full.items() if name != "total"))
+    stored = 2 * 2 * (tokens + 1256) * 2048 * 54 / 2**30  # one more sample stores one more input in every block and pass
+    assert memory_estimate(tokens, batch=2)["activations"] - memory_estimate(tokens)["activations"] == pytest.approx(stored)
+    for lora_rank in (0, 4):  # what is trained is counted right
+        policy, _, _ = make(lora_rank=lora_rank)
+        trained = sum(p.numel() for p in trainable(policy).values())
+        parts = memory_estimate(tokens, lora_rank=lora_rank, config=policy.module.config)
+        assert parts["gradients"] * 2**30 == pytest.approx(4 * trained)
+
+
+def test_bad_arguments_say_what_to_do(folder, cache, tmp_path, make):
+    for size, message in (((80, 480, 832), "4k \\+ 1"), ((81, 480, 850), "multiples of 16"), ((0, 480, 832), "4k \\+ 1")):
+        with pytest.raises(ValueError, match=message):
+            token_count(*size)
+    with pytest.raises(FileNotFoundError, match="existing folder or a hub id"):
+        load(tmp_path / "nothing here", FRAMES, HEIGHT, WIDTH, cache)
+    incomplete = shutil.copytree(folder, tmp_path / "incomplete", ignore=shutil.ignore_patterns("vae"))
+    with pytest.raises(FileNotFoundError, match="no vae"):
+        load(incomplete, FRAMES, HEIGHT, WIDTH, cache)
+    (incomplete / "vae").mkdir()
+    with pytest.raises(OSError, match="cannot load vae"):
+        load(incomplete, FRAMES, HEIGHT, WIDTH, cache)
+    with pytest.raises(ValueError, match="compute_dtype"):
+        load(folder, FRAMES, HEIGHT, WIDTH, cache, compute_dtype=torch.float16)
+    with pytest.raises(ValueError, match="lora_rank"):
+        load(folder, FRAMES, HEIGHT, WIDTH, cache, lora_rank=-1)
+    policy, cond, x = make()
+    wrong = [((x.bfloat16(), SIGMA, cond), "x must be float32"), ((x[..., :2], SIGMA, cond), "x must be float32")]
+    wrong += [((x, *rest), "one sigma and one") for rest in ((SIGMA, cond[:1]), (SIGMA[:1], cond), (SIGMA[0], cond))]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            policy.velocity(*arguments)

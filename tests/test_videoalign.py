@@ -1,0 +1,350 @@
+"""VideoAlign on random weights, in the released file's layout: against transformers and PEFT with nothing merged or renamed.
+
+The reference is Qwen2-VL under PEFT, as VideoAlign itself runs it: LoRA beside its weight, cast to bf16 and back before the
+weights are loaded, positions 0, 1, 2, … . It shares only the tokens and patches with the code under test.
+"""
+
+import json
+import math
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+import rewards
+from rewards import CLIPScore, PickScore, VideoAlign, read_video, write_video
+from toy.tiny_videoalign import LORA_ALPHA, LORA_RANK, build_tiny_clip, build_tiny_template, build_tiny_videoalign
+
+PROMPTS = ["a cat", "a dog that runs over a {green} hill", "東京 by night"]
+Q_PROJ, HEAD = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.rm_head.weight"
+NORM_0, NORM_9 = (f"base_model.model.visual.blocks.{i}.norm1.weight" for i in (0, 9))
+NO_PAIR, SHAPE = "1 without a LoRA pair: model.language_model.layers.0.self_attn.q_proj.weight", "1 of another shape: "
+BASE, LORA_A, LORA_B = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    return build_tiny_template(tmp_path_factory.mktemp("repo"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {n: build_tiny_videoalign(tmp_path_factory.mktemp(f"videoalign{n}"), output_dim=n) for n in (1, 3)}
+
+
+@pytest.fixture(scope="module")
+def scorer(folders, repo):
+    return VideoAlign(folders[1], repo)
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    return shutil.copytree(folders[1], tmp_path / "copy")
+
+
+def random_videos(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+VIDEOS = random_videos(3, 9, 3, 112, 168)
+
+
+def reference_logits(folder, scorer, video, prompt, rounded=True, mrope=False):
+    """[output_dim at each reward token]: [3, output_dim], by Qwen2-VL with PEFT's own LoRA layers."""
+    config = Qwen2VLConfig(**json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float32"})
+    config.video_token_id = scorer.video_id
+    model = Qwen2VLModel(config).to(torch.bfloat16 if rounded else torch.float32).to(torch.float32)
+    model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=".*_proj")).eval()
+    state = torch.load(folder / "checkpoint-1" / "model.pth", weights_only=True)
+    head = state.pop(HEAD).float()
+    del state["base_model.model.lm_head.weight"]
+    model.load_state_dict({k.replace("model.model.model.", "model.model.language_model."): v for k, v in state.items()})
+    ids, patches, grid = scorer.prepare(video, prompt, 24)
+    positions = torch.arange(len(ids)).expand(3, 1, -1)
+    if mrope:
+        kinds = 2 * (ids == scorer.video_id).int()[None]
+        positions, _ = model.base_model.model.get_rope_index(ids[None], kinds, video_grid_thw=grid[None])
+    with torch.no_grad():
+        seen = {"pixel_values_videos": patches, "video_grid_thw": grid[None]}
+        hidden = model(input_ids=ids[None], position_ids=positions, **seen).last_hidden_state[0]
+    return hidden[torch.isin(ids, torch.tensor(scorer.reward_ids))] @ head.T
+
+
+def first_logits(scorer):
+    return scorer.logits([scorer.prepare(VIDEOS[0], PROMPTS[0], 24)])[0]
+
+
+@pytest.mark.parametrize("output_dim", [1, 3])
+def test_padded_batch_equals_reference_one_by_one(folders, repo, output_dim):
+    scorer = VideoAlign(folders[output_dim], repo, batch_size=3)
+    together = scorer.logits([scorer.prepare(video, prompt, 24) for video, prompt in zip(VIDEOS, PROMPTS)])
+    for video, prompt, row in zip(VIDEOS, PROMPTS, together):
+        expected = reference_logits(folders[output_dim], scorer, video, prompt)  # [3, output_dim]
+        expected = expected[:, 0] if output_dim == 1 else expected.diagonal()
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+    assert (together[0] - together[1]).abs().min() > 1e-3  # the scores do depend on the video
+
+
+def test_scores_are_normalised_logits_in_any_batch(folders, repo, scorer):
+    scores = VideoAlign(folders[1], repo, batch_size=2)(VIDEOS, PROMPTS)
+    for i, (video, prompt) in enumerate(zip(VIDEOS, PROMPTS)):
+        raw = scorer.logits([scorer.prepare(video, prompt, 24)])[0]
+        published = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
+        for value, (name, (mean, std)) in zip(raw, published.items()):
+            assert scores[name].dtype == torch.float32 and scores[name].shape == (3,)
+            assert scores[name][i].item() == pytest.approx((value.item() - mean) / std, abs=1e-5)
+
+
+def test_prompt_reaches_the_model_in_the_template(scorer):
+    ids, patches, grid = scorer.prepare(VIDEOS[0], PROMPTS[1], 24)
+    pads = "<|video_pad|>" * (grid.prod().item() // 4)
+    assert scorer.tokenizer.decode(ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>\n"
+        "Rate this video. How good do its pictures look? <|VQ_reward|>\nHow well does it move? <|MQ_reward|>\n"
+        f"It should show: {PROMPTS[1]}\nDoes it? <|TA_reward|>\n<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_trap_1_positions_are_one_dimensional(folders, scorer):
+    ours = first_logits(scorer)
+    mrope = reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0], mrope=True)[:, 0]
+    torch.testing.assert_close(ours, reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0])[:, 0], atol=1e-5, rtol=0)
+    assert (ours - mrope).abs().max() > 1e-2
+
+
+def test_trap_2_rotary_frequencies_are_rounded_to_bf16(folders, scorer):
+    ours = first_logits(scorer)
+    exact = reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0], rounded=False)[:, 0]
+    assert (ours - exact).abs().max() > 1e-3
+    model = scorer.module["model"]
+    for rope, theta in ((model.language_model.rotary_emb, 1e6), (model.visual.rotary_pos_emb, 1e4)):  # both of width 8
+        frequencies = theta ** -(torch.arange(0, 8, 2) / 8)
+        assert rope.inv_freq.dtype == torch.float32 and rope.inv_freq.equal(frequencies.bfloat16().float())
+
+
+def test_trap_3_a_bf16_config_builds_an_fp32_model(folders, scorer):
+    assert json.loads((folders[1] / "config.json").read_text())["torch_dtype"] == "bfloat16"  # the trap is set
+    assert {parameter.dtype for parameter in scorer.module.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in scorer.module.parameters())
+    config = scorer.module["model"].config
+    assert config.dtype == config.text_config.dtype == config.vision_config.dtype == torch.float32
+
+
+def test_trap_4_lora_is_merged_and_scored_in_fp32(folders, scorer):
+    state = torch.load(folders[1] / "checkpoint-1" / "model.pth", weights_only=True)
+    base, a, b = (state[Q_PROJ + part] for part in (BASE, LORA_A, LORA_B))
+    merged = scorer.module["model"].language_model.layers[0].self_attn.q_proj.weight
+    expected = base.double() + LORA_ALPHA / LORA_RANK * b.double() @ a.double()
+    torch.testing.assert_close(merged.double(), expected, atol=1e-6, rtol=0)
+    assert (merged.double() - expected.bfloat16().double()).abs().max() > 1e-4  # what a merge in bf16 would give
+    scores = scorer(VIDEOS[:1], PROMPTS[:1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert scorer(VIDEOS[:1], PROMPTS[:1]) == scores
+
+
+def edit(*keys, shape=None):
+    """Take keys out of a state dict, or put zeros of this shape there."""
+    return lambda state: [state.pop(key) if shape is None else state.update({key: torch.zeros(shape)}) for key in keys]
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (edit("base_model.model.visual.merger.ln_q.weight"), "1 missing: model.visual.merger.ln_q.weight"),
+        (edit(HEAD), "1 missing: rm_head.weight"),
+        (edit("base_model.model.model.extra.weight", shape=(2,)), "1 unexpected: base_model.model.model.extra.weight"),
+        (edit("rm_head.weight", shape=(1, 32)), "1 unexpected: rm_head.weight"),  # without PEFT's prefix
+        (edit(Q_PROJ + ".lora_C.default.weight", shape=(2,)), f"1 unexpected: {Q_PROJ}.lora_C"),
+        *((edit(*(Q_PROJ + part for part in lost)), NO_PAIR) for lost in ([LORA_A], [LORA_B], [LORA_A, LORA_B], [BASE])),
+        (lambda s: s.update({NORM_9: s.pop(NORM_0)}), f"1 missing: {NORM_0[11:]}; 1 unexpected: {NORM_9}"),
+        (edit(HEAD, shape=(3, 32)), SHAPE + HEAD + " (3, 32), not (1, 32)"),
+        (edit(Q_PROJ + BASE, shape=(32, 31)), SHAPE + Q_PROJ + BASE + " (32, 31), not (32, 32)"),
+        (edit(Q_PROJ + LORA_A, shape=(3, 32)), SHAPE + Q_PROJ + LORA_A + " (3, 32), not (4, 32)"),
+        (edit(Q_PROJ + LORA_B, shape=(30, 4)), SHAPE + Q_PROJ + LORA_B + " (30, 4), not (32, 4)"),
+    ],
+)
+def test_every_key_must_fit(folders, scorer, change, fault):
+    state = torch.load(folders[1] / "checkpoint-1" / "model.pth", weights_only=True)
+    change(state)
+    with pytest.raises(ValueError, match=re.escape(f"must be exactly those of VideoAlign's model: {fault}")):
+        rewards.load_weights(scorer.module, state, LORA_RANK, LORA_ALPHA)
+
+
+@pytest.mark.parametrize("part", ["model_config.json", "checkpoint-1/model.pth", "checkpoint-1/tokenizer"])
+def test_missing_parts_of_the_folder(copy, repo, part):
+    (copy / part).rename(copy / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"KwaiVGI/VideoReward.*{part.rpartition('/')[2]}"):
+        VideoAlign(copy, repo)
+
+
+def test_settings_that_are_not_implemented(copy, repo):
+    stock = (copy / "model_config.json").read_text()
+    wrong = {"output_dim": 2, "reward_token": "last", "use_special_tokens": False, "prompt_template_type": "simple"}
+    wrong |= {"sample_type": "multi_pts", "num_frames": 8, "use_rslora": True}
+    for key, value in wrong.items():
+        settings = json.loads(stock)
+        next(section for section in settings.values() if key in section)[key] = value
+        (copy / "model_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=f"{key} must be one of .*{value}"):
+            VideoAlign(copy, repo)
+
+
+def test_newest_checkpoint_is_taken(copy, repo, scorer):
+    old = shutil.copytree(copy / "checkpoint-1", copy / "checkpoint-9")
+    (old / "model.pth").write_text("not a checkpoint")
+    shutil.move(copy / "checkpoint-1", copy / "checkpoint-10")
+    assert VideoAlign(copy, repo)(VIDEOS[:1], PROMPTS[:1]) == scorer(VIDEOS[:1], PROMPTS[:1])
+
+
+def test_tokenizer_without_the_reward_tokens(copy, repo):
+    for path in (copy / "checkpoint-1" / "tokenizer").iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace("<|MQ_reward|>", "<|other|>"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer must be VideoAlign's own.*<\|MQ_reward\|>"):
+        VideoAlign(copy, repo)
+
+
+def test_template_must_come_from_a_clone(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="git clone https://github.com/KwaiVGI/VideoAlign"):
+        VideoAlign(folders[1], tmp_path)
+    (tmp_path / "prompt_template.py").write_text("DETAILED_PROMPT_WITH_SPECIAL_TOKEN = '<|VQ_reward|><|TA_reward|>'")
+    with pytest.raises(ValueError, match=r"contain each of \['<\|MQ_reward\|>', '{text_prompt}'\] once"):
+        VideoAlign(folders[1], tmp_path)
+
+
+def test_sizes_of_the_released_model(tmp_path):
+    """Qwen2-VL-2B has 2,208,985,600 parameters, tied; the released bf16 file, with lm_head and LoRA of rank 64, 5.03 GB."""
+    module = rewards.build_module(tmp_path, output_dim=1, video_id=151656, device="meta")
+    sizes = {name: weight.numel() for name, weight in module.named_parameters()}
+    added, width = 151_936 - 151_660, 1536
+    assert sum(sizes.values()) - sizes["rm_head.weight"] + added * width == 2_208_985_600
+    lora = 64 * sum(sum(weight.shape) for name, weight in module.named_parameters() if name.endswith("_proj.weight"))
+    assert 2 * (sum(sizes.values()) + 151_660 * width + lora) / 1e9 == pytest.approx(5.03, abs=0.005)
+
+
+@pytest.mark.parametrize("total, fps, count", [(81, 24, 6), (90, 24, 8), (9, 24, 4), (3, 24, 2), (5, 1, 4), (900, 1, 768)])
+def test_frame_counts(total, fps, count):
+    indices = rewards.frame_indices(total, fps, 2.0)
+    assert len(indices) == count and indices[0] == 0 and indices[-1] == total - 1
+    assert (indices - torch.arange(count) * (total - 1) / (count - 1)).abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("height, width", [(480, 848), (480, 832), (64, 96), (32, 32), (720, 1280), (280, 392), (30, 3000)])
+def test_frames_are_resized_as_qwen_resizes(height, width):
+    frames = rewards.resize_frames(random_videos(2, 3, height, width), 200_704)
+    assert tuple(frames.shape[-2:]) == smart_resize(height, width, min_pixels=100_352, max_pixels=200_704)
+    assert frames.equal(frames.round()) and 0 <= frames.min() and frames.max() <= 255
+
+
+def test_patches_of_a_still_equal_the_stock_processor():
+    image = random_videos(3, 280, 392)
+    stock = Qwen2VLImageProcessorPil(do_resize=False)(image.numpy(), return_tensors="pt")
+    patches, grid = rewards.patchify(image.float().expand(2, -1, -1, -1))
+    assert grid.tolist() == stock["image_grid_thw"][0].tolist()
+    torch.testing.assert_close(patches, stock["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_patches_of_a_video_keep_the_order_of_frames(scorer):
+    """The patch embedding of our patches is the same kernel slid over the video, its outputs in blocks of 2 × 2."""
+    frames = random_videos(4, 3, 56, 84).float()
+    embed = scorer.module["model"].visual.patch_embed
+    patches, grid = rewards.patchify(frames)
+    mean, std = torch.tensor(rewards.PIXEL_MEAN_STD).view(2, 3, 1, 1)
+    slid = embed.proj(((frames / 255 - mean) / std).transpose(0, 1)[None])[0]  # [D, 2, 4, 6]
+    slid = slid.unflatten(2, (2, 2)).unflatten(4, (3, 2)).permute(1, 2, 4, 3, 5, 0)  # [t, h, w, 2, 2, D]
+    assert grid.tolist() == [2, 4, 6]
+    torch.testing.assert_close(embed(patches), slid.reshape(48, -1), atol=1e-4, rtol=0)
+
+
+def test_a_failed_sample_is_nan_with_its_cause(scorer):
+    scores = scorer(VIDEOS, ["<|TA_reward|>", "a <|video_pad|> b", PROMPTS[2]])
+    assert [cause[:35] for cause in scorer.failures] == [f"sample {i}: a prompt must not contain" for i in (0, 1)]
+    alone = scorer(VIDEOS[2:], PROMPTS[2:])
+    assert scorer.failures == []
+    for name, values in scores.items():
+        assert values.isnan().tolist() == [True, True, False]
+        assert values[2].item() == pytest.approx(alone[name].item(), abs=1e-5)
+
+
+def test_scores_that_are_not_finite_and_single_frames_fail(scorer, monkeypatch):
+    monkeypatch.setattr(scorer, "logits", lambda samples: torch.tensor([[1.0, math.inf, 1.0], [1.0, 2.0, 3.0]]))
+    scores = scorer(VIDEOS[:2], PROMPTS[:2])
+    assert all(values.isnan().tolist() == [True, False] for values in scores.values())
+    assert scorer.failures == ["sample 0: its score is not finite"]
+    assert scorer(VIDEOS[:1, :1], PROMPTS[:1])["VQ"].isnan().all()
+    assert scorer.failures == ["sample 0: a video must have at least 2 frames: got 1"]
+
+
+@pytest.mark.parametrize("videos, prompts", [(VIDEOS.float(), PROMPTS), (VIDEOS, PROMPTS[:2]), (VIDEOS[0], PROMPTS)])
+def test_wrong_videos_are_an_error(scorer, videos, prompts):
+    with pytest.raises(ValueError, match=r"prompts need uint8 videos \[B,F,3,H,W\]: got"):
+        scorer(videos, prompts)
+
+
+def test_clip_scores_equal_the_stock_forward(tmp_path):
+    folder = build_tiny_clip(tmp_path)
+    model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    clip, pick = (score(folder)(VIDEOS, PROMPTS) for score in (CLIPScore, PickScore))
+    for i, (video, prompt) in enumerate(zip(VIDEOS, PROMPTS)):
+        frames = video[[0, 1, 2, 3, 5, 6, 7, 8]]  # 8 of the 9, evenly spaced
+        images = pixels([frame.permute(1, 2, 0).numpy() for frame in frames], return_tensors="pt").pixel_values
+        logits = model(**tokenizer(prompt, return_tensors="pt"), pixel_values=images).logits_per_image[:, 0]
+        assert pick["PickScore"][i].item() == pytest.approx(logits.mean().item() / 26, abs=1e-5)
+        cosine = logits / model.logit_scale.exp()
+        assert clip["CLIPScore"][i].item() == pytest.approx(2.5 * cosine.clamp(min=0).mean().item(), abs=1e-5)
+
+
+def smooth_video(frames=12, height=112, width=168):
+    t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([4 * t + y, x, 100 + 3 * t], dim=1).clamp(0, 255).to(torch.uint8)
+
+
+def test_mp4_round_trip(tmp_path):
+    video = smooth_video()
+    write_video(tmp_path / "video.mp4", video, fps=24)
+    back, fps = read_video(tmp_path / "video.mp4")
+    assert back.shape == video.shape and back.dtype == torch.uint8 and fps == 24
+    assert (back.float() - video.float()).abs().mean() < 3
+    with pytest.raises(ValueError, match="even sides"):
+        write_video(tmp_path / "odd.mp4", video[..., :111], fps=24)
+
+
+def test_command(folders, repo, scorer, tmp_path, monkeypatch, capsys):
+    *paths, scores = [str(tmp_path / name) for name in ("a.mp4", "b.mp4", "scores.json")]
+    write_video(paths[0], smooth_video(), fps=24)
+    write_video(paths[1], smooth_video(frames=40).flip(0), fps=8)
+
+    def run(*prompts):
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        options = f"--videoalign {folders[1]} --videoalign_repo {repo} --prompts {tmp_path / 'prompts.txt'} --json {scores}"
+        monkeypatch.setattr(sys, "argv", ["rewards.py", *paths, *options.split()])
+        rewards.main()
+        return json.loads(open(scores).read())
+
+    rows = run("a cat", "<|VQ_reward|>")
+    expected = scorer(read_video(paths[0])[0][None], ["a cat"])
+    assert [row["video"] for row in rows] == paths and rows[0]["failures"] == []
+    assert rows[0]["TA"] == pytest.approx(expected["TA"].item(), abs=1e-5)
+    assert rows[0]["Overall"] == pytest.approx(rows[0]["VQ"] + rows[0]["MQ"] + rows[0]["TA"])
+    assert rows[1]["VQ"] is None and "reward token" in rows[1]["failures"][0]
+    table = capsys.readouterr().out
+    assert "Overall" in table and f"{rows[0]['Overall']:.4f}" in table and "nan" in table and "reward token" in table
+
+    rows = run("a dog")  # one prompt for all, and each file's own frame rate
+    monkeypatch.setattr(scorer, "fps", 8)
+    expected = scorer(read_video(paths[1])[0][None], ["a dog"])
+    assert rows[1]["prompt"] == "a dog" and rows[1]["MQ"] == pytest.approx(expected["MQ"].item(), abs=1e-5)
+    with pytest.raises(SystemExit):
+        run("one", "two", "three")
+    assert "must have 1 or 2 (videos) lines" in capsys.readouterr().err
+    (tmp_path / "b.mp4").unlink()
+    with pytest.raises(SystemExit):
+        run("one")
+    assert f"every video must be a file: there is no {paths[1]}" in capsys.readouterr().err
