@@ -220,7 +220,8 @@ def setup_ranks(config):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return OneProcess(), device, None
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Ranks(), device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
 
@@ -413,8 +414,6 @@ def main(arguments=None):
         pictures.report(run, log, config.clip_range, eval_prompts, thumbnails)
         if stop:
             print(f"stopped after update {log[-1]['update']}; go on with: python train.py --resume {run}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def export(policy, folder):
@@ -459,3 +458,5 @@ def tensorboard(run):
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

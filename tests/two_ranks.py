@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import torch.distributed as dist
 
 import train
 
@@ -15,3 +16,4 @@ for argument in arguments:
         runs[-1].append(argument)
 for run in runs:
     train.main(run)
+dist.destroy_process_group()
