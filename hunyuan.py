@@ -266,7 +266,7 @@ def shard(transformer, mesh, compute_dtype=torch.float32):
     policy = bf16 if compute_dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for block in (*transformer.transformer_blocks, *transformer.context_embedder.token_refiner.refiner_blocks):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The root, too, must gather anew for each pass: by default it would keep the weights of before an anchor swap.
+    # The root, too, must gather anew for each pass: by default it keeps the weights of before an anchor swap.
     return fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -324,8 +324,7 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
     activations  2·n·D bytes for each block's input, times 2 for guidance, times batch; and what one block holds while it
                  runs backward: about 100·n·D, 56 of them counted in its saved tensors on a CPU, the rest for temporaries
     vae          1.26·10⁹ parameters in float32, without its activations: it decodes while the transformer rests
-    Not in it: reward models, text encoders (freed before training), fragmentation, CUDA itself (about 1 GiB).
-    """
+    Not in it: reward models, text encoders (freed before training), fragmentation, CUDA itself (about 1 GiB)."""
     transformer = prepare(meta_transformer(config))
     sizes = transformer.config
     width, blocks = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers

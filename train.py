@@ -129,9 +129,8 @@ PRESETS = {
 # ------------------------------------------------------------------------------------------------ configuration
 def parse(arguments):
     """(config, options) from the command line. Unknown options, and those that a resumed run cannot take, are refused."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from [default: toy]")
     parser.add_argument("--resume", metavar="RUN", help="run folder to continue; takes --updates or --export, nothing else")
     parser.add_argument("--export", metavar="DIR", help="with --resume: write the newest checkpoint for diffusers, and stop")
@@ -152,9 +151,9 @@ def parse(arguments):
             known = {field.name for field in dataclasses.fields(Config)}
             config = Config(**checkpoint.read_settings(options.resume, known) | given)
         else:
-            if options.export:
-                raise ValueError("--export writes the newest checkpoint of a run: name it with --resume")
             config = Config(**PRESETS[options.preset or "toy"] | given)
+        if options.export and (not options.resume or config.model == TOY):
+            raise ValueError("--export writes a HunyuanVideo run's newest checkpoint for diffusers: name the run with --resume")
         config.check(planned_ranks(config))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -173,10 +172,7 @@ def arithmetic(config, ranks):
     trained, samples = config.trained_steps(), config.batch_size * ranks
     steps = optimizer_steps(config.batch_size, trained, config)
     guided = 1 if config.model == TOY or config.guidance_scale == 1 else 2
-    parts = [config.batch_size, *([guided] if guided == 2 else [])]
-    rollout_passes = int(np.prod([*parts, config.num_steps]))
-    update_passes = int(np.prod([*parts, trained]))
-    unit = "samples × steps" if guided == 1 else "samples × 2 (guidance) × steps"
+    per_step = config.batch_size * guided
     return "\n".join(
         [
             f"samples per update       {samples} = {samples // config.group_size} prompts × {config.group_size}, on {ranks} rank(s)",
@@ -185,8 +181,8 @@ def arithmetic(config, ranks):
             f" = {config.batch_size} / {config.micro_batch} × {trained}, per rank",
             f"optimizer updates        {steps} per update, {steps * config.updates} in all",
             f"anchor refresh           every {config.anchor_every} optimizer updates = {config.anchor_every / steps:g} updates",
-            f"passes per rank          rollout {rollout_passes}, update {update_passes} with gradient ({unit}), and as many "
-            "without where the anchor is not the rollout's policy",
+            f"one-sample passes        rollout {per_step} × {config.num_steps}, update {per_step} × {trained} with gradient, per rank"
+            f" ({guided} per sample and step); as many again without gradient where the anchor is not the rollout's policy",
         ]
     )
 
@@ -337,11 +333,10 @@ def run_evaluation(policy, reward, prompts, config, update_index, run, gather):
 # ------------------------------------------------------------------------------------------------ the run
 def main(arguments=None):
     config, options = parse(arguments)
-    ranks = planned_ranks(config)
     if options.dry_run:
         print(json.dumps(asdict(config), indent=1, ensure_ascii=False))
-        print(arithmetic(config, ranks))
-        return print_memory(config, ranks) if config.model not in (TOY, TINY) else None
+        print(arithmetic(config, planned_ranks(config)))
+        return print_memory(config, planned_ranks(config)) if config.model not in (TOY, TINY) else None
     launch_on_all_gpus(config)
     gather, device, mesh = setup_ranks(config)
     first = gather.rank == 0
@@ -361,7 +356,10 @@ def main(arguments=None):
         progress = checkpoint.load(checkpoint.latest(run / "checkpoints"), policy.module, optimizer, anchor)
         done, optimizer_updates = progress["update"], progress["optimizer_updates"]
     if options.export:
-        return export(policy, options.export)
+        import hunyuan
+
+        hunyuan.export(policy, options.export)
+        return print(f"exported to {options.export}")
     log = checkpoint.read_log(run, done) if first else []
 
     def write(line):
@@ -386,11 +384,13 @@ def main(arguments=None):
         texts = [groups[place // config.group_size] for place in places]
         update_sde = draw_window(sde, config.window, config.seed, index)
 
-        batch = collect(policy, reward, texts, update_sde, noises, config, optimizer_updates, gather)
+        def show_step(k):
+            bar.set_postfix_str(f"rollout step {k + 1} of {config.num_steps}")
+
+        batch = collect(policy, reward, texts, update_sde, noises, config, optimizer_updates, gather, show_step)
         metrics, optimizer_updates = update(
             policy, batch, config, optimizer, anchor, orders, index, optimizer_updates, gather
         )
-
         metrics = {"update": index + 1, **batch.metrics, **metrics, "optimizer_updates": optimizer_updates}
         for cause in getattr(reward, "failures", []):
             print(f"rank {gather.rank}, update {index + 1}: not scored: {cause}", file=sys.stderr)
@@ -414,18 +414,6 @@ def main(arguments=None):
         pictures.report(run, log, config.clip_range, eval_prompts, thumbnails)
         if stop:
             print(f"stopped after update {log[-1]['update']}; go on with: python train.py --resume {run}")
-
-
-def export(policy, folder):
-    """What stock diffusers loads, see hunyuan.export; of the toy, its state dict as folder/toy.pt."""
-    if isinstance(policy, ToyPolicy):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        torch.save(policy.module.state_dict(), Path(folder) / "toy.pt")
-    else:
-        import hunyuan
-
-        hunyuan.export(policy, folder)
-    print(f"exported to {folder}")
 
 
 def print_memory(config, ranks):

@@ -192,7 +192,7 @@ def test_the_paper_preset_holds_the_settings_table():
         (["--preset", "paper", "--gpus", "3"], "group_size must divide batch_size × ranks: got 4 and 2 × 3"),
         (["--preset", "toy", "--gpus", "2"], "the toy runs on one process"),
         (["--preset", "paper", "--gpus", "8", "--model", ""], "--model must name a hub id or a local folder"),
-        (["--export", "somewhere"], "--export writes the newest checkpoint of a run: name it with --resume"),
+        (["--export", "somewhere"], "--export writes a HunyuanVideo run's newest checkpoint for diffusers: name the run with --resume"),
     ],
 )
 def test_plans_that_cannot_run_are_refused(arguments, message, capsys):

@@ -1,6 +1,7 @@
 """The toy: its world's rewards on videos whose scores are known, its network, and that GRPO teaches it something."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,9 +56,9 @@ def test_prompts_outside_the_grammar_are_refused():
 
 
 def test_pretrained_weights_fit_and_are_imperfect():
-    policy = ToyPolicy()
+    policy, config, run = ToyPolicy(), train.parse([])[0], Path("unused: the toy writes no files")
     assert sum(p.numel() for p in policy.module.parameters()) < 200_000
-    metrics, videos = train.evaluate(policy, world.rewards, world.PROMPTS, toy_config())
+    metrics, videos = train.run_evaluation(policy, world.rewards, world.PROMPTS, config, 0, run, train.OneProcess())
     assert 0.4 < metrics["eval_reward"] < 0.6 and videos.shape == (64, 8, 3, 12, 12)
     with pytest.raises(FileNotFoundError, match="python -m toy.model"):
         ToyPolicy("nowhere.pt")
@@ -70,10 +71,6 @@ def test_the_untrained_network_is_silent_and_differentiable():
     network.write.weight.data.normal_()
     network(x, torch.rand(2), words).square().sum().backward()
     assert network.read.weight.grad is not None
-
-
-def toy_config(*options):
-    return train.parse(["--seed", "0", *options])[0]
 
 
 def test_noise_of_the_last_step_is_seen_by_the_reward():

@@ -111,7 +111,7 @@ def test_dry_run_prints_the_arithmetic_and_touches_nothing(tmp_path, capsys):
         (["--accumulation", "2"], "accumulation must divide the micro-batches"),
         (["--learning_rate", "-1"], "learning_rate must be positive"),
         (["--updates", "0"], "updates must be at least 1"),
-        (["--model", "sora"], "model must be toy"),
+        (["--max_failed_rewards", "1"], "max_failed_rewards is a share in [0, 1)"),
         (["--resume", "nowhere"], "--resume must name a run folder with a config.json: got nowhere"),
     ],
 )

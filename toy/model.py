@@ -132,7 +132,7 @@ def pretrain(steps, seed=0, batch_size=64, learning_rate=2e-3):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Pre-train the toy's flow transformer.")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps of 64 clips")
+    parser.add_argument("--steps", type=int, default=3500, help="training steps of 64 clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=PRETRAINED)
     arguments = parser.parse_args()
