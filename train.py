@@ -307,7 +307,7 @@ def build(config, run, gather, device, mesh):
 def run_evaluation(policy, reward, prompts, config, update_index, run, gather):
     """Evaluate on fixed prompts and noise. Writes the videos as mp4 and a contact sheet (the toy: neither).
 
-    Returns (metrics, thumbnails uint8 [prompts, F', 3, H', W'] of each prompt's first noise).
+    Returns (metrics, thumbnails uint8 [prompts · eval_noises, F', 3, H', W'], the noises of a prompt beside each other).
     """
     ode = SDE(config.sde_type, 0.0, sigma_schedule(config.eval_steps, config.shift))
     generators = [generator(config.seed, "eval", i) for i in range(len(prompts) * config.eval_noises)]
@@ -324,10 +324,9 @@ def run_evaluation(policy, reward, prompts, config, update_index, run, gather):
 
     repeated = [prompt for prompt in prompts for _ in range(config.eval_noises)]
     metrics, thumbnails = evaluate(policy, reward, repeated, ode, generators, config, gather, keep)
-    thumbnails = thumbnails[:: config.eval_noises].numpy()
     if config.model != TOY and gather.rank == 0:
-        pictures.contact_sheet(thumbnails, prompts, folder / "contact_sheet.png")
-    return metrics, thumbnails
+        pictures.contact_sheet(thumbnails.numpy(), repeated, folder / "contact_sheet.png")
+    return metrics, thumbnails.numpy()
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -411,7 +410,7 @@ def main(arguments=None):
             break
     bar.close()
     if first:
-        pictures.report(run, log, config.clip_range, eval_prompts, thumbnails)
+        pictures.report(run, log, config, eval_prompts, thumbnails)
         if stop:
             print(f"stopped after update {log[-1]['update']}; go on with: python train.py --resume {run}")
 
@@ -425,8 +424,8 @@ def print_memory(config, ranks):
     if not kl_weights(config.kl_mode)[0]:
         parts["total"] -= parts.pop("anchor")
     parts["videoalign"] = 4 * 2.2e9 / 2**30  # Qwen2-VL-2B in float32
-    total = parts.pop("total") + parts["videoalign"]
-    print(f"tokens per video         {tokens} = latent frames × height/16 × width/16, parameters 8,326,608,160")
+    total, parameters = parts.pop("total") + parts["videoalign"], hunyuan.meta_transformer().num_parameters()
+    print(f"tokens per video         {tokens} = latent frames × height/16 × width/16, parameters {parameters:,}")
     print("memory per GPU (GiB)     " + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()) + f" = {total:.1f}")
     if config.gpu_memory_gb and total > config.gpu_memory_gb:
         raise SystemExit(

@@ -109,15 +109,16 @@ def side_by_side(before, after, prompts, path, count=8, pixels=108, fps=8):
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
 
 
-def report(run, log, clip_range, prompts, thumbnails):
+def report(run, log, config, prompts, thumbnails):
     """The end of a run: curves, pictures, and the table before → after from the first and the last evaluation.
 
-    thumbnails: of the last evaluation, or None where this process made none.
+    thumbnails: of the last evaluation, or None where this process made none. Each prompt's first noise is shown.
     """
-    curves(log, clip_range, run / "curves.png")
+    curves(log, config.clip_range, run / "curves.png")
     if thumbnails is not None:
         np.save(run / "samples_after.npy", thumbnails)
-        side_by_side(np.load(run / "samples_before.npy"), thumbnails, prompts, run / "samples_before_after.gif")
+        before, after = (videos[:: config.eval_noises] for videos in (np.load(run / "samples_before.npy"), thumbnails))
+        side_by_side(before, after, prompts, run / "samples_before_after.gif")
     evaluations = [line for line in log if "eval_reward" in line]
     before, after = evaluations[0], evaluations[-1]
     print(f"{'ODE samples':12} {'before':>8} {'after ' + str(after['update']):>10}  change")
