@@ -33,7 +33,8 @@ def weights_of(run):
     return state
 
 
-@pytest.mark.parametrize("extra", [[], ["--window", "2", "--kl_mode", "fixed"]])
+# anchor_every 3: the anchor is the policy when the run stops, so going on must know when it was refreshed
+@pytest.mark.parametrize("extra", [[], ["--window", "2", "--kl_mode", "fixed"], ["--anchor_every", "3"]])
 def test_resume_is_bit_for_bit(tmp_path, extra):
     common = ["--runs", str(tmp_path), *SMALL, *extra]
     train.main([*common, "--name", "whole", "--updates", "5"])

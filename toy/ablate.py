@@ -70,6 +70,9 @@ def grid():
     rows += [dict(sde_type=sde_type, noisy_last_step=True) for sde_type in ("sage_grpo", "flow_grpo", "dance_grpo")]
     rows += [dict(window=4), dict(window=4, updates=70)]  # as many rollouts; about as many passes of the network
     rows += [dict(kl_velocity="rollout_phase"), dict(unbias_ratio=True)]
+    # Both again where they have more to do: a step-wise term that weighs as much as the policy's, and no KL at all.
+    rows += [dict(kl_mode="stepwise", kl_lambda=0.3, kl_velocity=form, **HOT) for form in ("closed_form", "rollout_phase")]
+    rows += [dict(kl_mode="none", unbias_ratio=True, **HOT)]
     return {label(row): row for row in rows}
 
 
@@ -92,7 +95,8 @@ def is_done(run, settings):
         return False
     found = json.loads((run / "config.json").read_text())
     wanted = asdict(settings)
-    if differing := sorted(name for name in wanted if name != "runs" and found.get(name) != wanted[name]):
+    places = {"runs", "prompts", "eval_prompts"}  # where things lie; the toy's prompts are not in files
+    if differing := sorted(name for name in wanted.keys() - places if found.get(name) != wanted[name]):
         raise SystemExit(f"{run} must have the grid's settings: its {', '.join(differing)} differ; delete the folder")
     return (run / "samples_after.npy").exists() and read_log(run)[-1]["update"] == settings.updates
 

@@ -78,9 +78,15 @@ def _ours():
     yield Claim("last step", "its trained samples lie nearer to the manifold", last, "distance", -1)
     yield Claim("window", "noise on 4 of 9 steps ends above noise on all, at equal rollouts", (("window=4", row()),))
     yield Claim("window", "the same at about equal network passes", (("window=4,updates=70", row()),), quick=False)
+    strong = f"kl_mode=stepwise,kl_lambda=0.3,{HOT}", f"kl_mode=stepwise,kl_lambda=0.3,kl_velocity=rollout_phase,{HOT}"
     yield Claim("KL form", "the closed form ends above the rollout-phase estimate", ((row(), "kl_velocity=rollout_phase"),))
+    yield Claim("KL form", "hot, step-wise KL alone, λ_KL = 0.3: the closed form ends above", (strong,), quick=False)
+    yield Claim("KL form", "with it, the samples lie nearer to the manifold", (strong,), "distance", -1, quick=False)
+    guard, plain = f"kl_mode=none,unbias_ratio=True,{HOT}", f"kl_mode=none,{HOT}"
     yield Claim("ratio bias", "the correction of GRPO-Guard ends above none", (("unbias_ratio=True", row()),))
     yield Claim("ratio bias", "with it, the samples lie nearer to the manifold", (("unbias_ratio=True", row()),), "distance", -1)
+    yield Claim("ratio bias", "hot, without KL: it ends above none", ((guard, plain),), quick=False)
+    yield Claim("ratio bias", "with it, the samples lie nearer to the manifold", ((guard, plain),), "distance", -1, quick=False)
 
 
 PAPER, OURS = list(_claims()), list(_ours())

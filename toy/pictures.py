@@ -76,7 +76,8 @@ def contact_sheet(videos, prompts, path, columns=4):
     draw = ImageDraw.Draw(canvas)
     for row, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
         top = row * (height + label + gap)
-        draw.text((2, top + 1), prompt, "black", ImageFont.load_default(11))
+        line = textwrap.shorten(prompt, canvas.width // 6, placeholder=" …")
+        draw.text((2, top + 1), line, "black", ImageFont.load_default(11))
         for column, frame in enumerate(chosen):
             canvas.paste(Image.fromarray(video[frame].transpose(1, 2, 0)), (column * (width + gap), top + label))
     canvas.save(path)
