@@ -7,18 +7,28 @@ works the same in one process without torch.distributed. A save that is killed l
 `tmp-`, which is never read and is removed by the next save; the checkpoint before it stays whole.
 
 What is saved: trainable weights, optimizer, anchor, and the counters in progress.json. There is no generator to save:
-train.py makes each one from (seed, what it is for, update, sample), so the counters and the seed bring all of them back.
+`generator` makes each one from (seed, what it is for, update, sample), so the counters and the seed bring all of them back.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import signal
+import sys
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 # Frozen weights come from the pre-trained model; strict=False because the saved state lacks them on the way in.
 TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -61,8 +71,6 @@ def save(folder, module, optimizer, anchor, progress, keep=2):
         (temporary / "progress.json").write_text(json.dumps(counters))
         for path in temporary.iterdir():
             _flush(path)
-        if final.exists():  # a run that was interrupted right after saving this very update
-            final.rename(folder / f"tmp-old-{final.name}")
         os.rename(temporary, final)  # atomic: the checkpoint is there as a whole, or not at all
         _flush(folder)
         for old in complete(folder)[:-keep]:
@@ -84,12 +92,17 @@ def complete(folder):
     return sorted(Path(folder).glob("update-*"))
 
 
-def latest(folder):
-    """The newest complete checkpoint; FileNotFoundError where there is none."""
-    found = complete(folder)
+def latest(run):
+    """The newest complete checkpoint of a run; FileNotFoundError where there is none."""
+    found = complete(Path(run) / "checkpoints")
     if not found:
-        raise FileNotFoundError(f"a run to resume must hold a complete checkpoint: {folder} has none; start it anew")
+        raise FileNotFoundError(f"a run to resume must hold a complete checkpoint: {run} has none; start it anew")
     return found[-1]
+
+
+def last_update(run):
+    """The rollout update at which the newest checkpoint of a run was made."""
+    return int(latest(run).name.removeprefix("update-"))
 
 
 def load(path, module, optimizer, anchor):
@@ -107,6 +120,39 @@ def load(path, module, optimizer, anchor):
     if anchor is not None:
         anchor.load_state_dict(state["anchor"], progress["anchor_refreshed_at"])
     return progress
+
+
+def load_weights(path, module):
+    """The trained weights alone, for an export."""
+    state = {"module": get_model_state_dict(module, options=TRAINABLE_ONLY)}
+    _run(dcp.load, state, path)
+    set_model_state_dict(module, state["module"], options=TRAINABLE_ONLY)
+
+
+# ---------------------------------------------------------------------------------------------- randomness and stopping
+def generator(*key):
+    """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", update, sample).
+
+    No generator lives from one update to the next, so the counters of a checkpoint restore them all, and a sample's
+    noise does not depend on the number of ranks. On the CPU, so that it does not depend on the device either.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Interrupt:
+    """Ctrl-C (or SIGTERM) once: stop after this update, with a checkpoint. Twice: stop at once."""
+
+    def __init__(self):
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this update; once more stops at once and loses it", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- settings and log
@@ -140,8 +186,11 @@ def read_settings(run, known):
     path = Path(run) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--resume must name a run folder with a config.json: got {run}")
-    settings = json.loads(path.read_text())
-    if unknown := sorted(settings.keys() - known):
+    try:
+        settings = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be the JSON that the run wrote: {error}") from None
+    if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"{path} holds settings that this version does not know: {', '.join(unknown)}")
     return settings
 

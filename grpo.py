@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from equalizer import equalizer_scales
 from rewards import REWARD_SETTINGS, composite_reward, group_advantages
@@ -76,7 +77,7 @@ class GRPOConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
         if self.group_size < 2:
-            raise ValueError("group_size must be at least 2: a sample is only compared with others of its group")
+            raise ValueError(f"group_size must be at least 2, for samples to be compared with: got {self.group_size}")
         for name in ("clip_range", "max_advantage", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
@@ -88,12 +89,24 @@ class GRPOConfig:
 
 
 class OneProcess:
-    """`gather` of a run on one process. On several, train.py passes one that concatenates over the ranks."""
+    """`gather` of a run on one process: what is there is all there is."""
 
     rank, world = 0, 1
 
     def __call__(self, tensor):
         return tensor
+
+
+class Ranks:
+    """`gather` over all ranks of torch.distributed: concatenates in the order of the ranks."""
+
+    def __init__(self):
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def __call__(self, tensor):
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
 
 
 @dataclass
@@ -205,7 +218,8 @@ def update(policy, batch, config, optimizer, anchor, generators, update_index, o
     """One pass over a batch of rollouts. Returns (metrics, optimizer updates made so far).
 
     Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. The steps
-    of a trajectory are spread over several optimizer updates, as in the released code.
+    of a trajectory are spread over several optimizer updates, as in the released code; both terms are means over the
+    steps, so a λ_KL for a literal Σ_t would be T times ours.
     anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
     """
     started, passes = time.perf_counter(), policy.passes
@@ -218,7 +232,7 @@ def update(policy, batch, config, optimizer, anchor, generators, update_index, o
     logs, grad_norms = [], []
     for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
         loss, log = micro_batch_loss(policy, batch, config, anchor, rows, steps, scales, lambda_kl)
-        if number == 1:
+        if number <= config.accumulation:  # no optimizer update has been made yet
             check_first_ratio(log["ratio"], config.clip_range)
         (loss / config.accumulation).backward()
         logs.append(log)

@@ -156,26 +156,10 @@ class SDE:
         variance = step_variances(sde_type, eta, sigmas)
         if not noisy_last_step:
             variance[-1] = 0
-        self._fill_table(variance)
-
-    def _fill_table(self, variance):
-        sigma, sigma_next = self.sigmas[:-1], self.sigmas[1:]
+        sigma, sigma_next = sigmas[:-1], sigmas[1:]
         self.variance, self.std, self.stochastic = variance, variance.sqrt(), variance > 0  # [T]
         noise_kept = (sigma_next**2 - variance).clamp(min=0).sqrt()  # cps and exact: what stays of z_hat
         self.table = torch.stack([sigma, sigma_next, sigma - sigma_next, variance, self.std, noise_kept])  # [6, T]
-
-    def window(self, first, length):
-        """The same SDE with noise on steps first … first + length − 1 only, the other steps ODE (an SDE window).
-
-        Draw `first` once for a whole group: samples with noise on different steps are not samples of one policy.
-        """
-        if not (0 <= first and 1 <= length and first + length <= self.num_steps):
-            raise ValueError(f"a window must lie within the {self.num_steps} steps: got first {first}, length {length}")
-        steps = torch.arange(self.num_steps)
-        restricted = object.__new__(SDE)
-        restricted.__dict__.update(self.__dict__)
-        restricted._fill_table(torch.where((steps >= first) & (steps < first + length), self.variance, 0.0))
-        return restricted
 
     def transition(self, x, v, k):
         """Eq. 7:  x' = x − Δ·v + ½Σ²·s + Σ·ξ,  ξ ~ N(0, I),  as (mean, std): x' ~ N(mean, std²).
@@ -239,7 +223,7 @@ def rollout(velocity, x, sde, generator, callback=None):
     """Run the policy from noise x [B, …] down the schedule and keep all that the update needs. Returns a Trajectory.
 
     velocity: (x [B, …], sigma [B]) -> v [B, …].  generator: one torch.Generator, or one per sample (see randn).
-    Which steps carry noise is the SDE's: see its noisy_last_step and window; with eta = 0 this is the ODE sampler.
+    Which steps carry noise is the SDE's: see its noisy_last_step; with eta = 0 this is the ODE sampler.
     callback(k): called after each step, for a progress bar.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,10 +10,8 @@
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +22,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-from grpo import GRPOConfig, OneProcess, collect, evaluate, optimizer_steps, option, update
+from checkpoint import Interrupt, generator
+from grpo import GRPOConfig, OneProcess, Ranks, collect, evaluate, optimizer_steps, option, update
 from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts
 from sde import SDE, SDE_TYPES, sigma_schedule
 from toy import pictures, world
@@ -48,7 +47,6 @@ class Config(GRPOConfig):
     sde_type: str = option("sage_grpo", "sampler of Table 1, or our exact [paper: sage_grpo]", SDE_TYPES)
     eta: float = option(0.5, "η, exploration scale; at most 1 for cps [released code: 0.5]")
     noisy_last_step: bool = option(True, "inject noise in the last step, too, and train it [released code: on]")
-    window: int = option(0, "steps with noise per rollout, at a place drawn anew each update; 0 = all [paper: 0]")
     learning_rate: float = option(1e-5, "learning rate of AdamW, constant, no weight decay [paper: 1e-5]")
     eval_every: int = option(10, "updates between evaluations: fixed prompts and noise, ODE sampling")
     eval_steps: int = option(40, "sampling steps of an evaluation [paper: 40]")
@@ -71,17 +69,22 @@ class Config(GRPOConfig):
     videoalign_repo: str = option("", "clone of the VideoAlign repository, for its prompt template")
     clip_score: str = option("", "hub id or folder of a CLIP model: adds CLIPScore to the evaluation")
     pick_score: str = option("", "hub id or folder of PickScore: adds PickScore to the evaluation")
-    gpus: int = option(0, "dry run: ranks to plan for; 0 = those of this launch")
-    gpu_memory_gb: float = option(0.0, "dry run: memory of one GPU in GiB; refuses what cannot fit; 0 = do not check")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # a config.json may have been edited
+            if not isinstance(value := getattr(self, field.name), (int, float) if field.type is float else field.type):
+                raise ValueError(f"{field.name} must be of type {field.type.__name__}: got {value!r}")
 
     def check(self, ranks):
         super().check()
         for name in ("updates", "eval_every", "eval_steps", "eval_noises", "checkpoint_every", "keep_checkpoints", "fps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
-        for name in ("learning_rate", "eta"):
+        for name in ("learning_rate", "eta", "guidance_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 (full fine-tuning) or positive: got {self.lora_rank}")
         if self.batch_size * ranks % self.group_size:
             raise ValueError(
                 f"group_size must divide batch_size × ranks: got {self.group_size} and {self.batch_size} × {ranks}; "
@@ -89,21 +92,29 @@ class Config(GRPOConfig):
             )
         if self.model == TOY and ranks > 1:
             raise ValueError(f"the toy runs on one process: got {ranks} ranks; start it with python, not torchrun")
-        if not self.model:
-            raise ValueError("--model must name a hub id or a local folder of HunyuanVideo-1.5 in diffusers format: got nothing")
         optimizer_steps(self.batch_size, self.trained_steps(), self)
+        if self.model != TOY:
+            import hunyuan
+
+            hunyuan.latent_shape(self.frames, self.height, self.width)
+            read_prompts(self.prompts), read_prompts(self.eval_prompts)
+            if self.model != TINY:
+                hunyuan.check_model(self.model)
+
+    def check_rewards(self):
+        """Apart from check(), since a dry run needs no files of the reward model."""
+        for name, what in (("videoalign", "checkpoint"), ("videoalign_repo", "clone of its code")):
+            if self.model not in (TOY, TINY) and not Path(getattr(self, name) or "-").is_dir():
+                raise ValueError(f"--{name} must be the folder of VideoAlign's {what}: got {getattr(self, name)!r}, see the README")
 
     def sde(self):
         return SDE(self.sde_type, self.eta, sigma_schedule(self.num_steps, self.shift), self.noisy_last_step)
 
     def trained_steps(self):
         stochastic = int(self.sde().stochastic.sum())
-        if not 0 <= self.window <= stochastic or stochastic == 0:
-            raise ValueError(
-                f"the rollout needs stochastic steps, and window at most as many: got window {self.window} and {stochastic} "
-                f"stochastic of {self.num_steps} steps; raise num_steps or keep noisy_last_step"
-            )
-        return self.window or stochastic
+        if stochastic == 0:
+            raise ValueError(f"a rollout needs a stochastic step: got none of {self.num_steps}; raise num_steps or keep noisy_last_step")
+        return stochastic
 
 
 PRESETS = {
@@ -135,35 +146,48 @@ def parse(arguments):
     parser.add_argument("--resume", metavar="RUN", help="run folder to continue; takes --updates or --export, nothing else")
     parser.add_argument("--export", metavar="DIR", help="with --resume: write the newest checkpoint for diffusers, and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the arithmetic, and stop")
+    parser.add_argument("--gpus", type=int, help="dry run: ranks to plan for [default: those of this launch]")
+    parser.add_argument("--gpu_memory_gb", type=float, help="dry run: memory of one GPU in GiB; refuses what cannot fit")
     for field in dataclasses.fields(Config):
         kind = {"type": field.type} if field.type is not bool else {"action": argparse.BooleanOptionalAction}
         if field.metadata["choices"]:
             kind["choices"] = field.metadata["choices"]
-        help_text = field.metadata["help"].replace("%", "%%") + f" (default {field.default!r})"
+        presets = [f"{preset} {values[field.name]!r}" for preset, values in PRESETS.items() if field.name in values]
+        help_text = field.metadata["help"].replace("%", "%%") + f" ({'; '.join([f'default {field.default!r}', *presets])})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help_text, **kind)
     options = parser.parse_args(arguments)
-    given = {k: v for k, v in vars(options).items() if k not in ("preset", "resume", "export", "dry_run")}
+    names, preset = [field.name for field in dataclasses.fields(Config)], options.preset or TOY
+    given = {name: value for name, value in vars(options).items() if name in names}
     try:
         if options.resume:
             refused = sorted(given.keys() - {"updates"}) + (["preset"] if options.preset else [])
             if refused:
                 raise ValueError(f"--resume keeps a run's own settings; only --updates may change: got {', '.join(refused)}")
-            known = {field.name for field in dataclasses.fields(Config)}
-            config = Config(**checkpoint.read_settings(options.resume, known) | given)
+            config = Config(**checkpoint.read_settings(options.resume, names) | given)
+            if config.updates < (done := checkpoint.last_update(options.resume)):
+                raise ValueError(f"updates must be at least those that the run has made: got {config.updates}, it has made {done}")
         else:
-            config = Config(**PRESETS[options.preset or "toy"] | given)
+            config = Config(**PRESETS[preset] | given)
+            foreign = {TOY: {"model", *names[names.index("frames") :]}, TINY: {"model"}}.get(preset, set()) & given.keys()
+            if foreign:
+                raise ValueError(f"the {preset} preset does not read {', '.join(sorted(foreign))}; use --preset paper, or leave it out")
+        if (options.gpus or options.gpu_memory_gb) and not options.dry_run:
+            raise ValueError("--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run")
         if options.export and (not options.resume or config.model == TOY):
-            raise ValueError("--export writes a HunyuanVideo run's newest checkpoint for diffusers: name the run with --resume")
-        config.check(planned_ranks(config))
+            raise ValueError("--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo: got none")
+        if not options.export:  # which any number of ranks can do
+            config.check(planned_ranks(config, options))
+        if not (options.export or options.dry_run):
+            config.check_rewards()
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return config, options
 
 
-def planned_ranks(config):
-    """The ranks of this launch: torchrun's, or else the GPUs that launch_on_all_gpus will take."""
-    if config.gpus or "WORLD_SIZE" in os.environ:
-        return config.gpus or int(os.environ["WORLD_SIZE"])
+def planned_ranks(config, options):
+    """The ranks of this launch: torchrun's, or else the GPUs that launch_on_all_gpus will take. A dry run may state them."""
+    if options.gpus or "WORLD_SIZE" in os.environ:
+        return options.gpus or int(os.environ["WORLD_SIZE"])
     return 1 if config.model == TOY else max(1, torch.cuda.device_count())
 
 
@@ -173,33 +197,26 @@ def arithmetic(config, ranks):
     steps = optimizer_steps(config.batch_size, trained, config)
     guided = 1 if config.model == TOY or config.guidance_scale == 1 else 2
     per_step = config.batch_size * guided
-    return "\n".join(
-        [
-            f"samples per update       {samples} = {samples // config.group_size} prompts × {config.group_size}, on {ranks} rank(s)",
-            f"trained steps            {trained} of {config.num_steps}",
-            f"micro-batches per update {config.batch_size // config.micro_batch * trained}"
-            f" = {config.batch_size} / {config.micro_batch} × {trained}, per rank",
-            f"optimizer updates        {steps} per update, {steps * config.updates} in all",
-            f"anchor refresh           every {config.anchor_every} optimizer updates = {config.anchor_every / steps:g} updates",
-            f"one-sample passes        rollout {per_step} × {config.num_steps}, update {per_step} × {trained} with gradient, per rank"
-            f" ({guided} per sample and step); as many again without gradient where the anchor is not the rollout's policy",
-        ]
-    )
+    lines = [
+        f"samples per update       {samples} = {samples // config.group_size} prompts × {config.group_size}, on {ranks} rank(s)",
+        f"trained steps            {trained} of {config.num_steps}",
+        f"micro-batches per update {config.batch_size // config.micro_batch * trained}"
+        f" = {config.batch_size} / {config.micro_batch} × {trained}, per rank",
+        f"optimizer updates        {steps} per update, {steps * config.updates} in all",
+        f"one-sample passes        rollout {per_step} × {config.num_steps}, update {per_step} × {trained} with gradient, per rank"
+        f" ({guided} per sample and step)",
+    ]
+    if kl_weights(config.kl_mode)[0]:
+        lines.append("reference passes         as many without gradient, in updates whose rollout's policy is not the anchor")
+    if config.kl_mode in ("moving", "dual"):
+        often = config.anchor_every / steps
+        lines.append(f"anchor refresh           every {config.anchor_every} optimizer updates = {often:g} updates")
+        if often <= 1:  # then Eq. 11 against the anchor is Eq. 12
+            lines.append("                         so the anchor is always the rollout's policy: no position control; raise anchor_every")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ ranks and randomness
-class Ranks(OneProcess):
-    """`gather` over all ranks of torch.distributed: concatenates in the order of the ranks."""
-
-    def __init__(self):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-
-    def __call__(self, tensor):
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-
-
 def launch_on_all_gpus(config):
     """`python train.py` on a machine with several GPUs becomes torchrun on all of them."""
     count = torch.cuda.device_count()
@@ -221,16 +238,6 @@ def setup_ranks(config):
     return Ranks(), device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
 
-def generator(*key):
-    """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", update, sample).
-
-    No generator lives from one update to the next, so the counters of a checkpoint restore them all, and a sample's
-    noise does not depend on the number of ranks. On the CPU, so that it does not depend on the device either.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
 def draw_prompts(prompts, count, seed, update_index):
     """The prompts of one update: the list in a new order each epoch, read without gaps."""
     places = range(update_index * count, (update_index + 1) * count)
@@ -241,39 +248,26 @@ def draw_prompts(prompts, count, seed, update_index):
     return [prompts[orders[place // len(prompts)][place % len(prompts)]] for place in places]
 
 
-def draw_window(sde, length, seed, update_index):
-    """This update's SDE: noise on `length` neighbouring steps, drawn among the stochastic ones; the same for all groups."""
-    if not length:
-        return sde
-    starts = [k for k in range(sde.num_steps - length + 1) if sde.stochastic[k : k + length].all()]
-    pick = torch.randint(len(starts), (), generator=generator(seed, "window", update_index))
-    return sde.window(starts[pick], length)
-
-
-class Interrupt:
-    """Ctrl-C (or SIGTERM) once: stop after this update, with a checkpoint. Twice: stop at once."""
-
-    def __init__(self):
-        self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._ask)
-
-    def _ask(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this update; once more stops at once and loses it", file=sys.stderr, flush=True)
-
-
 # ------------------------------------------------------------------------------------------------ policy and rewards
+def load_hunyuan(config, run, device, mesh):
+    import hunyuan
+
+    model = run / "tiny" / "model" if config.model == TINY else config.model
+    cache = config.prompt_cache or Path(config.runs) / "prompt_cache"
+    return hunyuan.load(
+        str(model), config.frames, config.height, config.width, cache, device, getattr(torch, config.compute_dtype),
+        config.lora_rank, config.guidance_scale, mesh, config.seed,
+    )  # fmt: skip
+
+
 def build(config, run, gather, device, mesh):
     """(policy, training reward, evaluation reward, training prompts, evaluation prompts)."""
     if config.model == TOY:
         return ToyPolicy(), world.rewards, world.rewards, world.PROMPTS, world.PROMPTS
 
     prompts, eval_prompts = read_prompts(config.prompts), read_prompts(config.eval_prompts)
-    model, videoalign, repo = config.model, config.videoalign, config.videoalign_repo
-    if model == TINY:
+    videoalign, repo = config.videoalign, config.videoalign_repo
+    if config.model == TINY:
         model, videoalign, repo = (run / "tiny" / part for part in ("model", "videoalign", "videoalign_repo"))
         prompts, eval_prompts = prompts[:4], eval_prompts[:4]
         if gather.rank == 0 and not repo.exists():
@@ -282,16 +276,11 @@ def build(config, run, gather, device, mesh):
 
             build_tiny_hunyuan(model), build_tiny_videoalign(videoalign), build_tiny_template(repo)
         gather(torch.zeros(1, device=device))  # nobody reads before it is written
-    import hunyuan
     from rewards import CLIPScore, PickScore, VideoAlign
 
-    hunyuan.check_model(model)  # before gigabytes are loaded
     reward = VideoAlign(videoalign, repo, device, fps=config.fps)
     extra = [kind(where, device) for kind, where in ((CLIPScore, config.clip_score), (PickScore, config.pick_score)) if where]
-    policy = hunyuan.load(
-        str(model), config.frames, config.height, config.width, config.prompt_cache or Path(config.runs) / "prompt_cache",
-        device, getattr(torch, config.compute_dtype), config.lora_rank, config.guidance_scale, mesh, config.seed,
-    )  # fmt: skip
+    policy = load_hunyuan(config, run, device, mesh)
     policy.encode(prompts + eval_prompts)  # now, so that the text encoders come and go once
 
     def eval_reward(videos, texts):
@@ -334,10 +323,18 @@ def main(arguments=None):
     config, options = parse(arguments)
     if options.dry_run:
         print(json.dumps(asdict(config), indent=1, ensure_ascii=False))
-        print(arithmetic(config, planned_ranks(config)))
-        return print_memory(config, planned_ranks(config)) if config.model not in (TOY, TINY) else None
+        ranks = planned_ranks(config, options)
+        print(arithmetic(config, ranks))
+        return print_memory(config, ranks, options.gpu_memory_gb) if config.model not in (TOY, TINY) else None
     launch_on_all_gpus(config)
     gather, device, mesh = setup_ranks(config)
+    if options.export:
+        import hunyuan
+
+        policy = load_hunyuan(config, Path(options.resume), device, mesh)
+        checkpoint.load_weights(checkpoint.latest(options.resume), policy.module)
+        hunyuan.export(policy, options.export)
+        return print(f"exported to {options.export}")
     first = gather.rank == 0
     default = config.model if config.model in (TOY, TINY) else "paper"
     run = checkpoint.open_run(options.resume, config.runs, config.name, default, asdict(config))
@@ -352,13 +349,8 @@ def main(arguments=None):
     anchor = Anchor(policy.module, every, config.anchor_offload) if w_pos else None
     sde, done, optimizer_updates = config.sde(), 0, 0
     if options.resume:
-        progress = checkpoint.load(checkpoint.latest(run / "checkpoints"), policy.module, optimizer, anchor)
+        progress = checkpoint.load(checkpoint.latest(run), policy.module, optimizer, anchor)
         done, optimizer_updates = progress["update"], progress["optimizer_updates"]
-    if options.export:
-        import hunyuan
-
-        hunyuan.export(policy, options.export)
-        return print(f"exported to {options.export}")
     log = checkpoint.read_log(run, done) if first else []
 
     def write(line):
@@ -381,12 +373,11 @@ def main(arguments=None):
         noises = [generator(config.seed, "noise", index, place) for place in places]
         orders = [generator(config.seed, "order", index, place) for place in places]
         texts = [groups[place // config.group_size] for place in places]
-        update_sde = draw_window(sde, config.window, config.seed, index)
 
         def show_step(k):
             bar.set_postfix_str(f"rollout step {k + 1} of {config.num_steps}")
 
-        batch = collect(policy, reward, texts, update_sde, noises, config, optimizer_updates, gather, show_step)
+        batch = collect(policy, reward, texts, sde, noises, config, optimizer_updates, gather, show_step)
         metrics, optimizer_updates = update(
             policy, batch, config, optimizer, anchor, orders, index, optimizer_updates, gather
         )
@@ -409,13 +400,15 @@ def main(arguments=None):
         if stop:
             break
     bar.close()
+    if thumbnails is None:  # a run that was killed between its last checkpoint and its pictures
+        _, thumbnails = run_evaluation(policy, eval_reward, eval_prompts, config, done, run, gather)
     if first:
         pictures.report(run, log, config, eval_prompts, thumbnails)
         if stop:
             print(f"stopped after update {log[-1]['update']}; go on with: python train.py --resume {run}")
 
 
-def print_memory(config, ranks):
+def print_memory(config, ranks, gpu_memory_gb):
     """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
     import hunyuan
 
@@ -427,9 +420,9 @@ def print_memory(config, ranks):
     total, parameters = parts.pop("total") + parts["videoalign"], hunyuan.meta_transformer().num_parameters()
     print(f"tokens per video         {tokens} = latent frames × height/16 × width/16, parameters {parameters:,}")
     print("memory per GPU (GiB)     " + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()) + f" = {total:.1f}")
-    if config.gpu_memory_gb and total > config.gpu_memory_gb:
+    if gpu_memory_gb and total > gpu_memory_gb:
         raise SystemExit(
-            f"the estimate must fit the GPU: got {total:.1f} GiB for {config.gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "
+            f"the estimate must fit the GPU: got {total:.1f} GiB for {gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "
             "--anchor_offload, --micro_batch 1, or fewer frames and pixels"
         )
 

@@ -105,7 +105,7 @@ def test_a_run_leaves_videos_contact_sheets_and_an_export_for_diffusers(runs, tm
     config, _ = train.parse(["--resume", str(run)])
     policy, *_, prompts = train.build(config, run, train.OneProcess(), torch.device("cpu"), None)
     module = policy.module
-    checkpoint.load(checkpoint.latest(run / "checkpoints"), module, torch.optim.AdamW(
+    checkpoint.load(checkpoint.latest(run), module, torch.optim.AdamW(
         [p for p in module.parameters() if p.requires_grad]), train.Anchor(module, 3))  # fmt: skip
     stock = HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path / "out")
     x, sigma = torch.randn(1, *policy.latent_shape, generator=train.generator("x")), torch.tensor([0.7])
@@ -129,7 +129,7 @@ optimizer.step()
 for update in range(1, 10**6):
     with torch.no_grad():
         module.weight.fill_(update)
-    checkpoint.save(sys.argv[1], module, optimizer, anchor, {"update": update})
+    checkpoint.save(sys.argv[1] + "/checkpoints", module, optimizer, anchor, {"update": update})
     print(update, flush=True)
 """
 
@@ -174,11 +174,11 @@ def test_dry_run_refuses_what_cannot_fit():
 
 
 def test_the_paper_preset_holds_the_settings_table():
-    config, _ = train.parse(["--preset", "paper", "--gpus", "8"])
+    config, _ = train.parse(["--preset", "paper", "--gpus", "8", "--dry-run"])
     expected = dict(
         frames=81, height=480, num_steps=20, shift=5.0, guidance_scale=6.0, eta=0.5, group_size=4, batch_size=2, fps=24,
         learning_rate=1e-5, max_grad_norm=1.0, compute_dtype="bfloat16", clip_range=1e-4, max_advantage=5.0,
-        noisy_last_step=True, window=0, kl_mode="dual", anchor_every=10, beta_pos=1.0, beta_vel=0.1, kl_lambda=1e-5,
+        noisy_last_step=True, kl_mode="dual", anchor_every=10, beta_pos=1.0, beta_vel=0.1, kl_lambda=1e-5,
         kl_lambda_early=1e-7, kl_schedule="two_stage", reward_setting="B", sde_type="sage_grpo", equalizer=True,
         eval_steps=40, kl_velocity="rollout_phase", lora_rank=0,
     )  # fmt: skip
@@ -191,8 +191,12 @@ def test_the_paper_preset_holds_the_settings_table():
     [
         (["--preset", "paper", "--gpus", "3"], "group_size must divide batch_size × ranks: got 4 and 2 × 3"),
         (["--preset", "toy", "--gpus", "2"], "the toy runs on one process"),
-        (["--preset", "paper", "--gpus", "8", "--model", ""], "--model must name a hub id or a local folder"),
-        (["--export", "somewhere"], "--export writes a HunyuanVideo run's newest checkpoint for diffusers: name the run with --resume"),
+        (["--export", "somewhere"], "--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo"),
+        (["--model", "weights/hunyuan"], "the toy preset does not read model; use --preset paper"),
+        (["--lora_rank", "4", "--height", "64"], "the toy preset does not read height, lora_rank"),
+        (["--preset", "paper", "--gpus", "8", "--frames", "80"], "frames must be 4k + 1"),
+        (["--preset", "paper", "--gpus", "8", "--lora_rank", "-1"], "lora_rank must be 0 (full fine-tuning) or positive: got -1"),
+        (["--preset", "paper", "--gpus", "8", "--prompts", "nowhere.txt"], "the prompt file must exist: got nowhere.txt"),
     ],
 )
 def test_plans_that_cannot_run_are_refused(arguments, message, capsys):
@@ -201,9 +205,32 @@ def test_plans_that_cannot_run_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_missing_files_of_the_full_run_are_named(tmp_path):
-    common = ["--preset", "paper", "--batch_size", "4", "--runs", str(tmp_path), "--model", str(tmp_path)]
-    with pytest.raises(FileNotFoundError, match="the prompt file must exist: got nowhere.txt"):
-        train.main([*common, "--prompts", "nowhere.txt"])
-    with pytest.raises(FileNotFoundError, match="must hold transformer, vae"):
-        train.main(common)
+def test_missing_files_of_the_full_run_are_named_before_a_run_folder_is_made(tmp_path, capsys):
+    common = ["--preset", "paper", "--batch_size", "4", "--runs", str(tmp_path / "runs")]
+    (tmp_path / "empty").mkdir()
+    for extra, message in (
+        (["--model", str(tmp_path / "empty")], "must hold transformer, vae"),
+        (["--model", "nowhere"], "must be an existing folder or a hub id"),
+        (["--videoalign", "nowhere"], "--videoalign must be the folder of VideoAlign's checkpoint: got 'nowhere'"),
+        (["--videoalign", str(tmp_path)], "--videoalign_repo must be the folder of VideoAlign's clone of its code: got ''"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main([*common, *extra])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_dry_run_says_when_the_anchor_never_holds_the_policy_back(capsys):
+    train.main(["--preset", "paper", "--dry-run", "--gpus", "1", "--batch_size", "4", "--lora_rank", "64"])
+    assert "no position control; raise anchor_every" in capsys.readouterr().out
+    train.main(["--preset", "paper", "--dry-run", "--gpus", "8"])
+    assert "every 10 optimizer updates = 2 updates\n" in (shown := capsys.readouterr().out) and "no position control" not in shown
+
+
+def test_another_number_of_ranks_can_export(runs, tmp_path):
+    """lora-2 holds two samples per rank, of a group of 4: as a run it needs two ranks, as an export any number."""
+    settings = json.loads((runs / "lora-2" / "config.json").read_text())
+    assert settings["batch_size"] == 2
+    train.main(["--resume", str(runs / "lora-2"), "--export", str(tmp_path)])
+    assert (tmp_path / "pytorch_lora_weights.safetensors").stat().st_size > 0
+    assert json.loads((runs / "lora-2" / "config.json").read_text()) == settings

@@ -51,7 +51,8 @@ def test_presets_in_commands_parse():
     for command in re.findall(r"^(?:.*&& \.venv/bin/)?python train\.py(.*)$", README, re.M):
         arguments = command.split("#")[0].split()
         if "--resume" not in arguments:
-            train.parse([*arguments, *(["--gpus", "8"] if "paper" in arguments and "--gpus" not in arguments else [])])
+            plan = ["--dry-run"] + (["--gpus", "8"] if "paper" in arguments and "--gpus" not in arguments else [])
+            train.parse([*arguments, *plan])
 
 
 def test_every_logged_metric_is_explained_once(tmp_path):

@@ -169,10 +169,13 @@ def test_without_noise_every_sampler_is_the_euler_step(sde_type):
     sigmas = sigma_schedule(9, 5.0)
     x, v = torch.randn(2, 6, 3, dtype=torch.float64, generator=rng())
     for k in range(9):
-        for sde in (SDE(sde_type, 0.0, sigmas), SDE(sde_type, 0.5, sigmas).window(k - 1 if k else 1, 1)):
-            mean, std = sde.transition(x, v, k)
-            assert (std == 0).all()
-            torch.testing.assert_close(mean, x - (sigmas[k] - sigmas[k + 1]) * v)
+        mean, std = SDE(sde_type, 0.0, sigmas).transition(x, v, k)
+        assert (std == 0).all()
+        torch.testing.assert_close(mean, x - (sigmas[k] - sigmas[k + 1]) * v)
+    for noisy, deterministic in ((0.5, False), (0.0, True)):
+        mean, std = SDE(sde_type, noisy, sigmas, noisy_last_step=deterministic).transition(x, v, 8)
+        torch.testing.assert_close(mean, x - sigmas[8] * v)
+        assert (std == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -228,13 +231,10 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
         randn((2, 3), [rng()])
 
 
-def test_a_window_restricts_the_noise_and_nothing_else():
-    sde = SDE("sage_grpo", 0.5, sigma_schedule(10))
-    part = sde.window(3, 2)
-    assert part.stochastic.nonzero().flatten().tolist() == [3, 4] and sde.stochastic.all()
-    assert torch.equal(part.variance[3:5], sde.variance[3:5])
-    with pytest.raises(ValueError, match="window must lie within"):
-        sde.window(9, 2)
+def test_a_deterministic_last_step_changes_nothing_before_it():
+    noisy, deterministic = (SDE("sage_grpo", 0.5, sigma_schedule(10), last) for last in (True, False))
+    assert noisy.stochastic.all() and deterministic.stochastic.tolist() == [True] * 9 + [False]
+    assert torch.equal(noisy.variance[:9], deterministic.variance[:9])
 
 
 # ---------------------------------------------------------------------------------------------- bad arguments

@@ -26,7 +26,7 @@ def lines_of(run):
 
 def weights_of(run):
     """Every tensor of the newest checkpoint: weights, optimizer moments and anchor."""
-    path = checkpoint.latest(run / "checkpoints")
+    path = checkpoint.latest(run)
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in metadata.items() if hasattr(m, "properties")}
     dcp.load(state, checkpoint_id=path)
@@ -34,7 +34,7 @@ def weights_of(run):
 
 
 # anchor_every 3: the anchor is the policy when the run stops, so going on must know when it was refreshed
-@pytest.mark.parametrize("extra", [[], ["--window", "2", "--kl_mode", "fixed"], ["--anchor_every", "3"]])
+@pytest.mark.parametrize("extra", [[], ["--kl_mode", "fixed"], ["--anchor_every", "3"]])
 def test_resume_is_bit_for_bit(tmp_path, extra):
     common = ["--runs", str(tmp_path), *SMALL, *extra]
     train.main([*common, "--name", "whole", "--updates", "5"])
@@ -85,7 +85,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
     shown, _ = process.communicate(timeout=60)
     done = lines_of(tmp_path / "cut")[-1]["update"]
     assert process.returncode == 0 and f"go on with: python train.py --resume {tmp_path / 'cut'}" in shown
-    assert checkpoint.latest(tmp_path / "cut" / "checkpoints").name == f"update-{done:06d}"
+    assert checkpoint.latest(tmp_path / "cut").name == f"update-{done:06d}"
     train.main(["--resume", str(tmp_path / "cut"), "--updates", str(done + 1)])
     assert lines_of(tmp_path / "cut")[-1]["update"] == done + 1
 
@@ -106,8 +106,9 @@ def test_dry_run_prints_the_arithmetic_and_touches_nothing(tmp_path, capsys):
         (["--eta", "1.5", "--sde_type", "cps"], "eta must lie in [0, 1] for cps"),
         (["--eta", "0"], "eta must be positive"),
         (["--num_steps", "0"], "num_steps must be at least 1"),
-        (["--num_steps", "1"], "the rollout needs stochastic steps"),
-        (["--window", "10"], "the rollout needs stochastic steps, and window at most as many: got window 10 and 9"),
+        (["--num_steps", "1"], "a rollout needs a stochastic step: got none of 1"),
+        (["--group_size", "1"], "group_size must be at least 2, for samples to be compared with: got 1"),
+        (["--gpus", "8"], "--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run"),
         (["--group_size", "6"], "group_size must divide batch_size × ranks: got 6 and 128 × 1"),
         (["--accumulation", "2"], "accumulation must divide the micro-batches"),
         (["--learning_rate", "-1"], "learning_rate must be positive"),
@@ -129,14 +130,29 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
         train.main(["--resume", str(run), "--eta", "0.7"])
     assert "only --updates may change: got eta" in capsys.readouterr().err
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"warp": 9}))
-    with pytest.raises(SystemExit):
-        train.main(["--resume", str(run)])
-    assert "settings that this version does not know: warp" in capsys.readouterr().err
+    train.main(["--resume", str(run), "--updates", "2"])
+    for settings, message in (
+        (json.dumps(config | {"warp": 9}), "settings that this version does not know: warp"),
+        (json.dumps(config), "updates must be at least those that the run has made: got 1, it has made 2"),
+        (json.dumps(config | {"updates": 2, "eta": "high"}), "eta must be of type float: got 'high'"),
+        ("{", "config.json must be the JSON that the run wrote"),
+    ):
+        (run / "config.json").write_text(settings)
+        with pytest.raises(SystemExit):
+            train.main(["--resume", str(run)])
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_pictures_makes_them_on_resume(tmp_path):
+    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--updates", "1"])
+    for name in ("samples_after.npy", "samples_before_after.gif"):
+        (tmp_path / "run" / name).unlink()
+    train.main(["--resume", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "samples_after.npy").exists() and (tmp_path / "run" / "samples_before_after.gif").exists()
 
 
 def test_a_save_that_was_killed_is_not_read(tmp_path):
-    (tmp_path / "tmp-update-000009").mkdir()
+    (tmp_path / "checkpoints" / "tmp-update-000009").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="must hold a complete checkpoint"):
         checkpoint.latest(tmp_path)
 
@@ -145,13 +161,12 @@ def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "η, exploration scale; at most 1 for cps [released code: 0.5]" in shown and "[paper: 1e-4]" in shown
+    assert "η, exploration scale; at most 1 for cps [released code: 0.5] (default 0.5)" in shown and "[paper: 1e-4]" in shown
+    assert "no weight decay [paper: 1e-5] (default 1e-05; toy 0.0002; tiny 0.0001)" in shown
 
 
 def test_draws_do_not_repeat():
     first = train.draw_prompts(list("abcdef"), 4, 0, 0) + train.draw_prompts(list("abcdef"), 4, 0, 1)
     assert sorted(first[:6]) == list("abcdef")
-    starts = {int(train.draw_window(train.parse(["--seed", "0"])[0].sde(), 2, 0, u).stochastic.nonzero()[0]) for u in range(40)}
-    assert starts == set(range(8))
     a, b, c = (torch.randn(3, generator=train.generator(*key)) for key in ((0, "noise", 1), (0, "noise", 1), (0, "noise", 2)))
     assert torch.equal(a, b) and not torch.equal(a, c)
