@@ -156,32 +156,38 @@ def parse(arguments):
         help_text = field.metadata["help"].replace("%", "%%") + f" ({'; '.join([f'default {field.default!r}', *presets])})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help_text, **kind)
     options = parser.parse_args(arguments)
-    names, preset = [field.name for field in dataclasses.fields(Config)], options.preset or TOY
-    given = {name: value for name, value in vars(options).items() if name in names}
     try:
-        if options.resume:
-            refused = sorted(given.keys() - {"updates"}) + (["preset"] if options.preset else [])
-            if refused:
-                raise ValueError(f"--resume keeps a run's own settings; only --updates may change: got {', '.join(refused)}")
-            config = Config(**checkpoint.read_settings(options.resume, names) | given)
-            if config.updates < (done := checkpoint.last_update(options.resume)):
-                raise ValueError(f"updates must be at least those that the run has made: got {config.updates}, it has made {done}")
-        else:
-            config = Config(**PRESETS[preset] | given)
-            foreign = {TOY: {"model", *names[names.index("frames") :]}, TINY: {"model"}}.get(preset, set()) & given.keys()
-            if foreign:
-                raise ValueError(f"the {preset} preset does not read {', '.join(sorted(foreign))}; use --preset paper, or leave it out")
-        if (options.gpus or options.gpu_memory_gb) and not options.dry_run:
-            raise ValueError("--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run")
-        if options.export and (not options.resume or config.model == TOY):
-            raise ValueError("--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo: got none")
-        if not options.export:  # which any number of ranks can do
-            config.check(planned_ranks(config, options))
-        if not (options.export or options.dry_run):
-            config.check_rewards()
+        return resolve(options), options
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    return config, options
+
+
+def resolve(options):
+    """The Config of a command line, checked; ValueError or FileNotFoundError says what cannot be."""
+    names, preset = [field.name for field in dataclasses.fields(Config)], options.preset or TOY
+    given = {name: value for name, value in vars(options).items() if name in names}
+    if options.resume:
+        refused = sorted(given.keys() - {"updates"}) + (["preset"] if options.preset else [])
+        if refused:
+            raise ValueError(f"--resume keeps a run's own settings; only --updates may change: got {', '.join(refused)}")
+        config = Config(**checkpoint.read_settings(options.resume, names) | given)
+        if config.updates < (done := checkpoint.last_update(options.resume)):
+            raise ValueError(f"updates must be at least those that the run has made: got {config.updates}, it has made {done}")
+    else:
+        config = Config(**PRESETS[preset] | given)
+        foreign = {TOY: {"model", *names[names.index("frames") :]}, TINY: {"model"}}.get(preset, set()) & given.keys()
+        if foreign:
+            raise ValueError(f"the {preset} preset does not read {', '.join(sorted(foreign))}; use --preset paper, or leave it out")
+    if (options.gpus or options.gpu_memory_gb) and not options.dry_run:
+        raise ValueError("--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run")
+    if options.export:  # which any number of ranks can do
+        if not options.resume or config.model == TOY:
+            raise ValueError("--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo: got none")
+        return config
+    config.check(planned_ranks(config, options))
+    if not options.dry_run:
+        config.check_rewards()
+    return config
 
 
 def planned_ranks(config, options):
