@@ -51,7 +51,6 @@ class GRPOConfig:
     reward_setting: str = option("B", "weights of Eq. 10 [paper: A and B]", sorted(REWARD_SETTINGS))
     clip_range: float = option(1e-4, "c of clip(ρ, 1 ± c), for a log-prob that is a mean over D [paper: 1e-4]")
     max_advantage: float = option(5.0, "clamp on |A| [paper: 5]")
-    unbias_ratio: bool = option(False, "add KL(π_old‖π_θ) to log ρ, whose mean it then is not pulled below 0 [GRPO-Guard]")
     equalizer: bool = option(True, "multiply the policy term of step t by S_t, Eq. 9 [paper: on]")
     kl_mode: str = option("dual", "trust region, Eq. 11–14 [paper: dual]", KL_MODES)
     kl_velocity: str = option(
@@ -267,10 +266,7 @@ def micro_batch_loss(policy, batch, config, anchor, rows, steps, scales, lambda_
 
     mean, std = batch.sde.transition(x, policy.velocity(x, sigma, conditions), steps)
     log_prob_new = log_prob(x_next, mean, std)
-    log_ratio = log_prob_new - log_prob_old  # [b]
-    if config.unbias_ratio:
-        log_ratio = log_ratio + gaussian_kl(mean, mean_old, std)
-    ratio = log_ratio.exp()
+    ratio = (log_prob_new - log_prob_old).exp()  # [b]
     policy_loss = clipped_policy_loss(ratio, advantages, config.clip_range)
     if config.kl_velocity == "closed_form":
         kl_velocity = stepwise_kl_closed_form(mean, mean_old, std)

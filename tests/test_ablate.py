@@ -60,6 +60,12 @@ def test_verdicts():
         claims.judge(table, [claims.Claim("", "", (("a", "missing"),), "x")])
 
 
+def test_agreement_counts_the_signs_of_decided_claims():
+    full = [dict(text=t, mean=m, verdict=v) for t, m, v in (("a", 1, "holds"), ("b", -1, "does not hold"), ("c", 1, "cannot be seen"))]
+    quick = [dict(text="a", mean=-0.1, verdict="cannot be seen"), dict(text="b", mean=-2, verdict="holds"), dict(text="c", mean=-1, verdict="")]
+    assert claims.agreement(quick, full) == (["b"], ["a"])
+
+
 def test_a_run_of_the_grid_stops_resumes_and_is_summarised(tmp_path):
     settings = ablate.config(dict(batch_size=16, micro_batch=16, updates=1, checkpoint_every=1, runs=str(tmp_path), name="row"))
     run = tmp_path / "row"

@@ -154,9 +154,10 @@ def summarise(run, noises):
     evaluations = [line for line in log if "eval_reward" in line]
     last, first_rollout = evaluations[-1], log[1]
     numbers = {name: last[f"eval_{name}"] for name in ("reward", "VQ", "MQ", "TA", "distance")}
-    numbers["Overall"] = last["eval_VQ"] + last["eval_MQ"] + last["eval_TA"]
-    best = max(line["eval_VQ"] + line["eval_MQ"] + line["eval_TA"] for line in evaluations)
-    numbers["fall"] = best - numbers["Overall"]  # from the best evaluation to the last
+    overall = [line["eval_VQ"] + line["eval_MQ"] + line["eval_TA"] for line in evaluations]
+    numbers["Overall"] = overall[-1]
+    numbers["fall"] = max(overall) - overall[-1]  # from the best evaluation to the last
+    numbers["late_gain"] = overall[-1] - overall[-2]  # over the last ten updates
     numbers["rollout_distance"] = first_rollout["distance_mean"]  # of the first rollouts: the sampler alone
     before, after = (torch.from_numpy(np.load(run / f"samples_{when}.npy")) for when in ("before", "after"))
     numbers["drift"] = (world.from_uint8(after) - world.from_uint8(before)).square().mean().sqrt().item()
@@ -203,6 +204,9 @@ def main():
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False))
     for kind in (claims.PAPER, claims.OURS):
         print("\n" + claims.markdown(results["claims"], kind))
+    if options.quick and Path("results.json").exists():
+        same, other = claims.agreement(results["claims"], json.loads(Path("results.json").read_text())["claims"])
+        print(f"\nof the claims that results.json decides, {len(same)} have its sign here, {len(other)} not: {other}")
     if not options.quick:
         print("\n" + claims.table_2(results))
         plots.ablation_pictures(partial(log_of, folder, seeds), results, Path("figures"))
