@@ -63,7 +63,7 @@ def test_verdicts():
 def test_agreement_counts_the_signs_of_decided_claims():
     full = [dict(text=t, mean=m, verdict=v) for t, m, v in (("a", 1, "holds"), ("b", -1, "does not hold"), ("c", 1, "cannot be seen"))]
     quick = [dict(text="a", mean=-0.1, verdict="cannot be seen"), dict(text="b", mean=-2, verdict="holds"), dict(text="c", mean=-1, verdict="")]
-    assert claims.agreement(quick, full) == (["b"], ["a"])
+    assert claims.agreement(full, quick) == (["b"], ["a"]) and claims.agreement(quick, full) == (["b"], ["c"])
 
 
 def test_a_run_of_the_grid_stops_resumes_and_is_summarised(tmp_path):

@@ -41,7 +41,7 @@ def test_each_equation_is_found_by_its_number(number):
 def test_options_and_files_named_in_the_readme_exist(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--local-dir", "--nnodes", "--nproc-per-node", "--json"}
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--local-dir", "--nnodes", "--nproc-per-node", "--json", "--quick"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
     for name in re.findall(r"`((?:toy/)?\w+\.py)`", README):
         assert (ROOT / name).exists() or (ROOT / "toy" / name).exists(), name

@@ -205,8 +205,10 @@ def main():
     for kind in (claims.PAPER, claims.OURS):
         print("\n" + claims.markdown(results["claims"], kind))
     if options.quick and Path("results.json").exists():
-        same, other = claims.agreement(results["claims"], json.loads(Path("results.json").read_text())["claims"])
-        print(f"\nof the claims that results.json decides, {len(same)} have its sign here, {len(other)} not: {other}")
+        full = json.loads(Path("results.json").read_text())["claims"]
+        for words, grids in ("quick", (results["claims"], full)), ("full", (full, results["claims"])):
+            same, differ = claims.agreement(*grids)
+            print(f"\nof the claims that the {words} grid decides, {len(same)} have one sign in both grids, not: {differ}")
     if not options.quick:
         print("\n" + claims.table_2(results))
         plots.ablation_pictures(partial(log_of, folder, seeds), results, Path("figures"))

@@ -119,10 +119,11 @@ def judge(table, claims):
     return verdicts
 
 
-def agreement(quick, full):
-    """Of the claims that the full grid decides and the quick one has: those with the same sign, and those without."""
-    decided = {c["text"]: c["mean"] for c in full if c["verdict"] != "cannot be seen"}
-    signs = {c["text"]: c["mean"] * decided[c["text"]] > 0 for c in quick if c["text"] in decided}
+def agreement(deciding, other):
+    """Of the claims that one grid decides and the other has: those with the same sign in both, and those without."""
+    means = {c["text"]: c["mean"] for c in other}
+    decided = [c for c in deciding if c["verdict"] != "cannot be seen" and c["text"] in means]
+    signs = {c["text"]: c["mean"] * means[c["text"]] > 0 for c in decided}
     return [text for text, same in signs.items() if same], [text for text, same in signs.items() if not same]
 
 

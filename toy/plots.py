@@ -59,7 +59,7 @@ def kl_modes(logs, results, path):
         band(spread, logs(name), "reward_std", look, mode, marks=False)
         band(distance, logs(name), "eval_distance", look, mode)
         mean, half = interval(results["rows"][name]["drift"])
-        drift.bar(place, mean, yerr=half, color=look[0], capsize=4, width=0.6)
+        drift.bar(place, mean, yerr=half, color=look[0], ecolor="0.5", capsize=4, width=0.6)
     reward.set(title="Reward of ODE samples", xlabel="rollout update", ylabel="reward (setting A)")
     spread.set(title="Std of the reward over a rollout's samples", xlabel="rollout update", ylabel="std")
     distance.set(title="Distance to the manifold of clean clips", xlabel="rollout update", ylabel="RMS (peak of a blob: 2)")
