@@ -148,8 +148,9 @@ def test_a_killed_save_leaves_a_resumable_run(tmp_path, moment):
     progress = checkpoint.load(checkpoint.latest(tmp_path), module, optimizer, anchor)
     assert progress["update"] in (announced, announced + 1)  # killed between the rename and the announcement: one more
     assert (module.weight == progress["update"]).all()
-    checkpoint.save(tmp_path, module, optimizer, anchor, {"update": progress["update"] + 1})
-    assert not list(tmp_path.glob("tmp-*")) and len(checkpoint.complete(tmp_path)) == 2
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, module, optimizer, anchor, {"update": progress["update"] + 1})
+    assert not list(folder.glob("tmp-*")) and len(checkpoint.complete(folder)) == 2
 
 
 # ---------------------------------------------------------------------------------------------- configuration

@@ -59,7 +59,7 @@ def test_pretrained_weights_fit_and_are_imperfect():
     policy, config, run = ToyPolicy(), train.parse([])[0], Path("unused: the toy writes no files")
     assert sum(p.numel() for p in policy.module.parameters()) < 200_000
     metrics, videos = train.run_evaluation(policy, world.rewards, world.PROMPTS, config, 0, run, train.OneProcess())
-    assert 0.4 < metrics["eval_reward"] < 0.6 and videos.shape == (64, 8, 3, 12, 12)
+    assert 0.4 < metrics["eval_reward"] < 0.6 and videos.shape == (64 * config.eval_noises, 8, 3, 12, 12)
     with pytest.raises(FileNotFoundError, match="python -m toy.model"):
         ToyPolicy("nowhere.pt")
 
