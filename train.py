@@ -314,7 +314,9 @@ def run_evaluation(policy, reward, prompts, config, update_index, run, gather):
         if config.model != TOY:
             from rewards import write_video
 
-            write_video(folder / f"{place:03d}.mp4", video, config.fps)
+            mine = folder / f"rank-{gather.rank}.mp4"  # two ranks may make one video, where evaluate wraps around
+            write_video(mine, video, config.fps)
+            mine.replace(folder / f"{place:03d}.mp4")
         return pictures.thumbnail(video)
 
     repeated = [prompt for prompt in prompts for _ in range(config.eval_noises)]

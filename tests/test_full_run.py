@@ -44,11 +44,17 @@ LORA = ["--lora_rank", "4", "--learning_rate", "1e-3"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """full and lora, by one rank and by two; two ranks then resume their own full run for one more update."""
+    """full and lora, by one rank and by two; two ranks then resume their own full run for one more update.
+
+    And both in bf16, the paper's compute_dtype, with three evaluation prompts: one rank makes a video again.
+    """
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "three.txt").write_text("a cat\na dog\na boat\n")
+    bf16 = ["--compute_dtype", "bfloat16", "--updates", "1", "--eval_prompts", str(folder / "three.txt")]
     two = [
         *options(folder, "full-2", 2), "/", *options(folder, "lora-2", 2, *LORA), "/",
-        *options(folder, "more-2", 2, "--updates", "4"), "/", "--resume", str(folder / "more-2"), "--updates", "5",
+        *options(folder, "more-2", 2, "--updates", "4"), "/", "--resume", str(folder / "more-2"), "--updates", "5", "/",
+        *options(folder, "full-bf16", 2, *bf16), "/", *options(folder, "lora-bf16", 2, *LORA, *bf16),
     ]  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/two_ranks.py"]
     with open(folder / "output", "w") as output:
@@ -69,6 +75,17 @@ def test_two_ranks_equal_one(runs, kind):
         assert b["reward_mean"] == pytest.approx(a["reward_mean"], abs=0.02)  # uint8 videos round differently
     assert two[-1]["ratio_min"] < 1 and two[-1]["kl_position"] > 0  # it did move
     assert {line["rollout_passes"] for line in one[1:]} == {4 * 2 * 2} and two[-1]["rollout_passes"] == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_ranks_in_bf16(runs, kind):
+    exact, rounded = lines_of(runs / f"{kind}-2")[1], lines_of(runs / f"{kind}-bf16")[1]
+    assert rounded["optimizer_updates"] == exact["optimizer_updates"] == 2 and rounded["reward_failed"] == 0
+    for name, error in {"policy_loss": 1e-3, "ratio_mean": 1e-3, "VQ_mean": 0.05, "grad_norm": exact["grad_norm"] / 2}.items():
+        assert rounded[name] == pytest.approx(exact[name], abs=error), name
+    assert rounded["grad_norm"] != exact["grad_norm"]  # it was computed in bf16
+    videos = sorted(path.name for path in (runs / f"{kind}-bf16" / "eval" / "update-000001").iterdir())
+    assert videos == ["000.mp4", "001.mp4", "002.mp4", "contact_sheet.png"]
 
 
 def test_two_ranks_resume_bit_for_bit(runs):
