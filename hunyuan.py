@@ -193,9 +193,9 @@ def load(model, frames, height, width, prompt_cache, device="cpu", compute_dtype
     check_model(model)
     weight_dtype = compute_dtype if lora_rank else torch.float32
     transformer = load_component(HunyuanVideo15Transformer3DModel, model, "transformer", dtype=weight_dtype)
-    prepare(transformer, lora_rank, seed).to(device)
-    if mesh is not None:
-        shard(transformer, mesh, compute_dtype)
+    prepare(transformer, lora_rank, seed)
+    # fully_shard moves one block after another to the GPU, which never holds the whole model: 33 GB in float32.
+    transformer.to(device) if mesh is None else shard(transformer, mesh, compute_dtype)
     vae = load_component(AutoencoderKLHunyuanVideo15, model, "vae", dtype=torch.float32).to(device).requires_grad_(False)
     prompts = PromptEncoder(model, prompt_cache, device, compute_dtype)
     return HunyuanPolicy(transformer, vae, prompts, shape, guidance_scale, compute_dtype)
