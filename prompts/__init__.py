@@ -41,13 +41,18 @@ def enumerate_lines(path):
 
 
 def read_csv(path):
-    reader = csv.DictReader(line + "\n" for _, line in enumerate_lines(path))
-    if "prompt" not in (reader.fieldnames or []):
-        raise ValueError(f"{path}:1: the header must have a column `prompt`: got {reader.fieldnames}")
-    for row in reader:
-        if None in row or row["prompt"] is None:
-            raise ValueError(f"{path}:{reader.line_num}: a row must have {len(reader.fieldnames)} fields, like the header")
-        yield reader.line_num, row["prompt"]
+    reader = csv.reader((line + "\n" for _, line in enumerate_lines(path)), strict=True)
+    try:
+        header = next(reader, [])
+        if "prompt" not in header:
+            raise ValueError(f"{path}:1: the header must have a column `prompt`: got {header}")
+        for row in reader:
+            row = row or [""]  # csv makes no field of a blank line
+            if len(row) != len(header):
+                raise ValueError(f"{path}:{reader.line_num}: a row must have {len(header)} fields, like the header")
+            yield reader.line_num, row[header.index("prompt")]
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: quotes must be closed, and doubled within quotes: {error}") from None
 
 
 def read_jsonl(path):

@@ -39,6 +39,8 @@ def test_formats_agree(tmp_path, name, content):
         ("a.csv", "text\nhello\n", "a.csv:1: the header must have a column `prompt`"),
         ("a.csv", "id,prompt\n1,one\n2\n", "a.csv:3: a row must have 2 fields"),
         ("a.csv", "id,prompt\n1,one,more\n", "a.csv:2: a row must have 2 fields"),
+        ("a.csv", "prompt\none\n\nthree\n", "a.csv:3: a prompt must not be empty"),
+        ("a.csv", 'prompt\none\n"two\nthree\n', "a.csv:4: quotes must be closed"),
         ("a.jsonl", '{"prompt": "one"}\n{"prompt": \n', "a.jsonl:2: every line must be one JSON object"),
         ("a.jsonl", '{"text": "one"}\n', 'a.jsonl:1: every line must be an object with a string "prompt"'),
         ("a.json", "[]", "must end in .txt, .csv or .jsonl"),
