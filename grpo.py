@@ -121,6 +121,19 @@ class Batch:
     metrics: dict
 
 
+def sample(policy, prompts, sde, generators, callback=None):
+    """(conditions, Trajectory) of one sample for each prompt. Stops at NaN, which would be decoded to black and be scored."""
+    conditions = policy.encode(prompts)
+    noise = randn((len(prompts), *policy.latent_shape), generators).to(next(policy.module.parameters()).device)
+    trajectory = rollout(partial(policy.velocity, cond=conditions), noise, sde, generators, callback)
+    if not trajectory.states[:, -1].isfinite().all():
+        raise FloatingPointError(
+            "samples must be finite: got NaN or infinity, the policy has diverged. Lower the learning rate, and look at the "
+            "gradient norm and ratio of the last lines of metrics.jsonl"
+        )
+    return conditions, trajectory
+
+
 def collect(policy, reward, prompts, sde, generators, config, optimizer_updates=0, gather=OneProcess(), callback=None):
     """Roll out one sample for each of this rank's B prompts and turn their rewards into advantages.
 
@@ -128,11 +141,9 @@ def collect(policy, reward, prompts, sde, generators, config, optimizer_updates=
     span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
     """
     started, passes = time.perf_counter(), policy.passes
-    conditions = policy.encode(prompts)
-    noise = randn((len(prompts), *policy.latent_shape), generators).to(next(policy.module.parameters()).device)
-    trajectory = rollout(partial(policy.velocity, cond=conditions), noise, sde, generators, callback)
+    conditions, trajectory = sample(policy, prompts, sde, generators, callback)
     scores = reward(policy.decode(trajectory.states[:, -1]), prompts)
-    scores = {name: gather(score.double().to(noise.device)) for name, score in scores.items()}  # [ranks·B]
+    scores = {name: gather(score.double().to(trajectory.states.device)) for name, score in scores.items()}  # [ranks·B]
     rewards = composite_reward(scores, config.reward_setting)
     advantages, valid, group_std = group_advantages(rewards, config.group_size, max_advantage=config.max_advantage)
     failed = 1 - valid.double().mean().item()
@@ -158,24 +169,25 @@ def evaluate(policy, reward, prompts, sde, generators, config, gather=OneProcess
 
     The prompts are shared out over the ranks in one block each, the last ones wrapping around so that all ranks make the
     same number of passes. keep(place, video) sees every video on the rank that made it and returns what to hand on (the
-    place is the prompt's number). Returns ({eval_<name>: mean}, what was kept, of all prompts in order).
+    place is the prompt's number). Returns ({eval_<name>: mean over the samples that were scored, eval_failed: share of the
+    others}, what was kept, of all prompts in order).
     """
     share = -(-len(prompts) // gather.world)
     places = [i % len(prompts) for i in range(gather.rank * share, (gather.rank + 1) * share)]
     device, scores, kept = next(policy.module.parameters()).device, [], []
     for start in range(0, share, config.batch_size):
         chosen = places[start : start + config.batch_size]
-        conditions = policy.encode([prompts[i] for i in chosen])
-        noise = randn((len(chosen), *policy.latent_shape), [generators[i] for i in chosen]).to(device)
-        velocity = partial(policy.velocity, cond=conditions)
-        videos = policy.decode(rollout(velocity, noise, sde, [generators[i] for i in chosen]).states[:, -1])
-        scores.append(reward(videos, [prompts[i] for i in chosen]))
+        texts = [prompts[i] for i in chosen]
+        _, trajectory = sample(policy, texts, sde, [generators[i] for i in chosen])
+        videos = policy.decode(trajectory.states[:, -1])
+        scores.append(reward(videos, texts))
         kept += [keep(i, video) for i, video in zip(chosen, videos, strict=True)]
     scores = {name: gather(torch.cat([s[name] for s in scores]).double().to(device)) for name in scores[0]}
     scores = {name: values[: len(prompts)] for name, values in scores.items()}
     scores = {"reward": composite_reward(scores, config.reward_setting), **scores}
     kept = gather(torch.stack(kept).to(device))[: len(prompts)].cpu()
-    return {f"eval_{name}": values.nanmean().item() for name, values in scores.items()}, kept
+    metrics = {f"eval_{name}": values.nanmean().item() for name, values in scores.items()}
+    return {**metrics, "eval_failed": 1 - scores["reward"].isfinite().double().mean().item()}, kept
 
 
 def clipped_policy_loss(ratio, advantages, clip_range):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from equalizer import equalizer_scales
-from grpo import GRPOConfig, OneProcess, clipped_policy_loss, collect, micro_batches, optimizer_steps, update
+from grpo import GRPOConfig, OneProcess, clipped_policy_loss, collect, evaluate, micro_batches, optimizer_steps, update
 from sde import SDE, log_prob, sigma_schedule
 from trust_region import Anchor, gaussian_kl
 
@@ -171,6 +171,24 @@ def test_a_failed_sample_takes_no_part():
 def test_all_samples_failing_is_an_error():
     with pytest.raises(RuntimeError, match="at most a share of 0.2 of the samples .* got 1.000; first cause"):
         rolled_out(reward=failing(slice(None)))
+
+
+def test_an_evaluation_counts_what_it_could_not_score():
+    policy, ode, prompts = LinearPolicy(), SDE("sage_grpo", 0.0, sigma_schedule(T)), ["a"] * B
+    whole, _ = evaluate(policy, reward, prompts, ode, generators(0), replace(CONFIG, batch_size=B))
+    metrics, _ = evaluate(policy, failing([1, 5]), prompts, ode, generators(0), replace(CONFIG, batch_size=B))
+    assert whole["eval_failed"] == 0 and metrics["eval_failed"] == 2 / B
+    assert math.isfinite(metrics["eval_reward"]) and metrics["eval_reward"] != whole["eval_reward"]
+    assert metrics["eval_VQ"] == whole["eval_VQ"]
+
+
+def test_samples_that_are_not_finite_are_never_scored():
+    policy, sde, config = LinearPolicy(), SDE("sage_grpo", 0.5, sigma_schedule(T)), replace(CONFIG, batch_size=B)
+    with torch.no_grad():
+        policy.module.weight[0, 0] = math.nan
+    for run in (collect, evaluate):
+        with pytest.raises(FloatingPointError, match="samples must be finite"):
+            run(policy, lambda videos, prompts: pytest.fail("scored"), ["a"] * B, sde, generators(0), config)
 
 
 def test_a_wrong_first_ratio_is_an_error():
