@@ -164,7 +164,7 @@ def open_run(resumed, runs, name, default, settings):
     chosen = [resumed]
     if _rank() == 0:
         run = Path(resumed) if resumed else _new_run(Path(runs), name, default)
-        (run / "config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False))
+        _replace(run / "config.json", json.dumps(settings, indent=1, ensure_ascii=False))
         chosen = [str(run)]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen, src=0)
@@ -196,9 +196,43 @@ def read_settings(run, known):
 
 
 def read_log(run, last_update):
-    """metrics.jsonl up to an update: what a killed run logged beyond its checkpoint is cut off, since it happens again."""
-    path = Path(run) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [line for line in lines if line["update"] <= last_update]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    """metrics.jsonl up to an update: what a killed run logged beyond its checkpoint is cut off, since it happens again.
+
+    A new run's log has one line, for the evaluation before the first update.
+    """
+    if last_update == 0:
+        return [{"update": 0}]
+    path, kept = Path(run) / "metrics.jsonl", []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break  # cut short, by a full disk say; whether it is needed is checked below
+        if line["update"] > last_update:
+            break
+        kept.append(line)
+    if not kept or kept[-1]["update"] != last_update:
+        raise ValueError(f"{path} must hold a line for each update up to the checkpoint's, {last_update}: got {len(kept)} whole lines")
     return kept
+
+
+def write_log(run, log):
+    """All of metrics.jsonl anew, by the first rank: it is short, and so no kill can leave half of it."""
+    if _rank() == 0:
+        _replace(Path(run) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+
+def tensorboard(run):
+    """A TensorBoard writer where the package is installed, else None: metrics.jsonl holds the same."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(run / "tensorboard")
+
+
+def _replace(path, text):
+    """Write a file under a temporary name and rename it: what stood there before stays whole until then."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -217,14 +217,19 @@ def arithmetic(config, ranks):
     if config.kl_mode in ("moving", "dual"):
         often = config.anchor_every / steps
         lines.append(f"anchor refresh           every {config.anchor_every} optimizer updates = {often:g} updates")
-        if often <= 1:  # then Eq. 11 against the anchor is Eq. 12
-            lines.append("                         so the anchor is always the rollout's policy: no position control; raise anchor_every")
+        if often <= 1:  # at 1, Eq. 11 against the anchor is Eq. 12
+            what = "always the rollout's policy: no" if often == 1 else "renewed within an update: hardly any"
+            lines.append(f"                         so the anchor is {what} position control; raise anchor_every")
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ ranks and randomness
 def launch_on_all_gpus(config):
-    """`python train.py` on a machine with several GPUs becomes torchrun on all of them."""
+    """`python train.py` on a machine with several GPUs becomes torchrun on all of them.
+
+    After Ctrl-C torchrun kills its ranks in 30 s, unless told otherwise: too soon for the end of an update and its checkpoint.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     count = torch.cuda.device_count()
     if config.model != TOY and count > 1 and "RANK" not in os.environ:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
@@ -281,7 +286,7 @@ def build(config, run, gather, device, mesh):
             from toy.tiny_videoalign import build_tiny_template, build_tiny_videoalign
 
             build_tiny_hunyuan(model), build_tiny_videoalign(videoalign), build_tiny_template(repo)
-        gather(torch.zeros(1, device=device))  # nobody reads before it is written
+        gather(torch.zeros(1, device=device)).sum().item()  # nobody reads before it is written
     from rewards import CLIPScore, PickScore, VideoAlign
 
     reward = VideoAlign(videoalign, repo, device, fps=config.fps)
@@ -292,6 +297,8 @@ def build(config, run, gather, device, mesh):
     def eval_reward(videos, texts):
         scores = reward(videos, texts)
         scores["Overall"] = sum(scores.values())
+        for cause in reward.failures:
+            print(f"evaluation: not scored: {cause}", file=sys.stderr)
         for scorer in extra:
             scores |= scorer(videos, texts)
         return scores
@@ -334,16 +341,17 @@ def main(arguments=None):
         ranks = planned_ranks(config, options)
         print(arithmetic(config, ranks))
         return print_memory(config, ranks, options.gpu_memory_gb) if config.model not in (TOY, TINY) else None
-    launch_on_all_gpus(config)
+    if arguments is None:  # not when called from Python: it replaces the process
+        launch_on_all_gpus(config)
     gather, device, mesh = setup_ranks(config)
+    first = gather.rank == 0
     if options.export:
         import hunyuan
 
         policy = load_hunyuan(config, Path(options.resume), device, mesh)
         checkpoint.load_weights(checkpoint.latest(options.resume), policy.module)
         hunyuan.export(policy, options.export)
-        return print(f"exported to {options.export}")
-    first = gather.rank == 0
+        return print(f"exported to {options.export}") if first else None
     default = config.model if config.model in (TOY, TINY) else "paper"
     run = checkpoint.open_run(options.resume, config.runs, config.name, default, asdict(config))
     if first:
@@ -359,21 +367,23 @@ def main(arguments=None):
     if options.resume:
         progress = checkpoint.load(checkpoint.latest(run), policy.module, optimizer, anchor)
         done, optimizer_updates = progress["update"], progress["optimizer_updates"]
-    log = checkpoint.read_log(run, done) if first else []
+    log, thumbnails, stop = checkpoint.read_log(run, done), None, False  # all ranks read the log, the first one writes it
 
-    def write(line):
-        if first:
-            log.append(line)
-            with open(run / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+    def evaluate_into(line):
+        scores, thumbnails = run_evaluation(policy, eval_reward, eval_prompts, config, line["update"], run, gather)
+        line |= scores
+        checkpoint.write_log(run, log)
+        return thumbnails
 
-    if not (run / "samples_before.npy").exists():
-        scores, thumbnails = run_evaluation(policy, eval_reward, eval_prompts, config, 0, run, gather)
-        write({"update": 0, **scores})
-        if first:
-            np.save(run / "samples_before.npy", thumbnails)
+    def due(update_index):
+        return update_index == config.updates or update_index % config.eval_every == 0
 
-    interrupt, board, stop, thumbnails = Interrupt(), tensorboard(run) if first else None, False, None
+    if due(done) and "eval_reward" not in log[-1]:  # a new run, or one that was killed in its evaluation
+        thumbnails = evaluate_into(log[-1])
+    if first and done == 0:
+        np.save(run / "samples_before.npy", thumbnails)
+
+    interrupt, board = Interrupt(), checkpoint.tensorboard(run) if first else None
     bar = tqdm(range(done, config.updates), initial=done, total=config.updates, desc=run.name, disable=not first)
     for index in bar:
         groups = draw_prompts(prompts, config.batch_size * gather.world // config.group_size, config.seed, index)
@@ -386,34 +396,33 @@ def main(arguments=None):
             bar.set_postfix_str(f"rollout step {k + 1} of {config.num_steps}")
 
         batch = collect(policy, reward, texts, sde, noises, config, optimizer_updates, gather, show_step)
-        metrics, optimizer_updates = update(
-            policy, batch, config, optimizer, anchor, orders, index, optimizer_updates, gather
-        )
+        metrics, optimizer_updates = update(policy, batch, config, optimizer, anchor, orders, index, optimizer_updates, gather)
         metrics = {"update": index + 1, **batch.metrics, **metrics, "optimizer_updates": optimizer_updates}
         for cause in getattr(reward, "failures", []):
             print(f"rank {gather.rank}, update {index + 1}: not scored: {cause}", file=sys.stderr)
         stop = bool(gather(torch.tensor([interrupt.asked], device=device)).any())  # all ranks stop together
-        last = index + 1 == config.updates or stop
-        if last or (index + 1) % config.eval_every == 0:
-            scores, thumbnails = run_evaluation(policy, eval_reward, eval_prompts, config, index + 1, run, gather)
-            metrics |= scores
-        write(metrics)
+        log.append(metrics)
+        checkpoint.write_log(run, log)
+        if stop or index + 1 == config.updates or (index + 1) % config.checkpoint_every == 0:
+            progress = {"update": index + 1, "optimizer_updates": optimizer_updates}
+            checkpoint.save(run / "checkpoints", policy.module, optimizer, anchor, progress, config.keep_checkpoints)
+        if due(index + 1):  # after the save, so that nothing is lost where it fails
+            thumbnails = evaluate_into(metrics)
         bar.set_postfix(reward=f"{metrics['reward_mean']:.3f}", kl=f"{metrics.get('kl_position', metrics['kl_velocity']):.1e}")
         if board is not None:
             for name, value in metrics.items():
                 board.add_scalar(name, value, index + 1)
-        if last or (index + 1) % config.checkpoint_every == 0:
-            progress = {"update": index + 1, "optimizer_updates": optimizer_updates}
-            checkpoint.save(run / "checkpoints", policy.module, optimizer, anchor, progress, config.keep_checkpoints)
         if stop:
             break
     bar.close()
-    if thumbnails is None:  # a run that was killed between its last checkpoint and its pictures
-        _, thumbnails = run_evaluation(policy, eval_reward, eval_prompts, config, done, run, gather)
-    if first:
+    finished = log[-1]["update"] == config.updates
+    if finished and thumbnails is None:  # a run that was killed between its last evaluation and its pictures
+        thumbnails = evaluate_into(log[-1])
+    if first and finished:
         pictures.report(run, log, config, eval_prompts, thumbnails)
-        if stop:
-            print(f"stopped after update {log[-1]['update']}; go on with: python train.py --resume {run}")
+    elif first:
+        pictures.curves(log, config.clip_range, run / "curves.png")
+        print(f"stopped after update {log[-1]['update']}; go on with: python train.py --resume {run}")
 
 
 def print_memory(config, ranks, gpu_memory_gb):
@@ -433,15 +442,6 @@ def print_memory(config, ranks, gpu_memory_gb):
             f"the estimate must fit the GPU: got {total:.1f} GiB for {gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "
             "--anchor_offload, --micro_batch 1, or fewer frames and pixels"
         )
-
-
-def tensorboard(run):
-    """A TensorBoard writer where the package is installed, else None: metrics.jsonl holds the same."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(run / "tensorboard")
 
 
 if __name__ == "__main__":

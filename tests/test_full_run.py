@@ -239,6 +239,8 @@ def test_missing_files_of_the_full_run_are_named_before_a_run_folder_is_made(tmp
 
 
 def test_the_dry_run_says_when_the_anchor_never_holds_the_policy_back(capsys):
+    train.main(["--preset", "paper", "--dry-run", "--gpus", "8", "--anchor_every", "4"])
+    assert "= 0.8 updates\n" in (shown := capsys.readouterr().out) and "hardly any position control" in shown
     train.main(["--preset", "paper", "--dry-run", "--gpus", "1", "--batch_size", "4", "--lora_rank", "64"])
     assert "no position control; raise anchor_every" in capsys.readouterr().out
     train.main(["--preset", "paper", "--dry-run", "--gpus", "8"])

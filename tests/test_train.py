@@ -73,6 +73,49 @@ def test_a_log_beyond_the_checkpoint_is_cut_on_resume(tmp_path):
     assert after[: len(before)] == before and len(after) == len(before) + 1 and after[-1]["reward_mean"] != 9.0
 
 
+def test_a_log_that_ends_before_the_checkpoint_is_refused(tmp_path):
+    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--updates", "2"])
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"update": 3, "rew')  # beyond the checkpoint: nothing is lost
+    train.main(["--resume", str(tmp_path / "run"), "--updates", "2"])
+    assert [line["update"] for line in lines_of(tmp_path / "run")] == [0, 1, 2]
+    log.write_text(log.read_text()[:-10])
+    with pytest.raises(ValueError, match="must hold a line for each update up to the checkpoint's, 2: got 2 whole lines"):
+        train.main(["--resume", str(tmp_path / "run"), "--updates", "3"])
+
+
+def test_an_evaluation_that_fails_loses_nothing_and_is_made_on_resume(tmp_path, monkeypatch):
+    common = ["--runs", str(tmp_path), *SMALL, "--eval_every", "2"]
+    train.main([*common, "--name", "whole", "--updates", "3"])
+    evaluate = train.evaluate
+
+    def fails_at_2(*arguments):
+        if checkpoint.complete(tmp_path / "cut" / "checkpoints"):
+            raise OSError("disk full")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", fails_at_2)
+    with pytest.raises(OSError, match="disk full"):
+        train.main([*common, "--name", "cut", "--updates", "3"])
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert checkpoint.latest(tmp_path / "cut").name == "update-000002"
+    train.main(["--resume", str(tmp_path / "cut")])
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
+
+
+def test_several_gpus_are_all_taken_and_given_time_to_save(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    started = []
+    monkeypatch.setattr(train.os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "paper"])
+    train.launch_on_all_gpus(train.Config(model="toy"))
+    assert not started
+    train.launch_on_all_gpus(train.Config(model="a/b"))
+    assert "--nproc-per-node=4" in started[0] and started[0][-3:] == ["train.py", "--preset", "paper"]
+    assert int(train.os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 3600
+
+
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "train.py", "--runs", str(tmp_path), "--name", "cut", *SMALL, "--updates", "10000"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -113,16 +113,15 @@ def side_by_side(before, after, prompts, path, count=8, pixels=108, fps=8):
 def report(run, log, config, prompts, thumbnails):
     """The end of a run: curves, pictures, and the table before → after from the first and the last evaluation.
 
-    thumbnails: of the last evaluation, or None where this process made none. Each prompt's first noise is shown.
+    thumbnails: of the last evaluation. Each prompt's first noise is shown. A score that was 0 and is 0 has no row.
     """
     curves(log, config.clip_range, run / "curves.png")
-    if thumbnails is not None:
-        np.save(run / "samples_after.npy", thumbnails)
-        before, after = (videos[:: config.eval_noises] for videos in (np.load(run / "samples_before.npy"), thumbnails))
-        side_by_side(before, after, prompts, run / "samples_before_after.gif")
+    np.save(run / "samples_after.npy", thumbnails)
+    before, after = (videos[:: config.eval_noises] for videos in (np.load(run / "samples_before.npy"), thumbnails))
+    side_by_side(before, after, prompts, run / "samples_before_after.gif")
     evaluations = [line for line in log if "eval_reward" in line]
     before, after = evaluations[0], evaluations[-1]
     print(f"{'ODE samples':12} {'before':>8} {'after ' + str(after['update']):>10}  change")
-    for name in [name for name in before if name.startswith("eval_")]:
+    for name in [name for name in before if name.startswith("eval_") and (before[name] or after[name])]:
         print(f"{name[5:]:12} {before[name]:8.4f} {after[name]:10.4f} {after[name] - before[name]:+8.4f}")
     print(f"{run}: metrics.jsonl, curves.png, samples_before_after.gif, checkpoints")
