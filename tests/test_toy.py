@@ -87,6 +87,6 @@ def test_noise_of_the_last_step_is_seen_by_the_reward():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_grpo_raises_the_reward(seed, tmp_path):
-    train.main(["--runs", str(tmp_path), "--name", "learns", "--seed", str(seed), "--updates", "14", "--eval_every", "14"])
+    train.main(["--runs", str(tmp_path), "--name", "learns", "--seed", str(seed), "--updates", "10", "--eval_every", "10"])
     lines = [json.loads(line) for line in (tmp_path / "learns" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_reward"] > lines[0]["eval_reward"] + 0.08
