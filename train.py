@@ -26,7 +26,8 @@ from checkpoint import Interrupt, generator
 from grpo import GRPOConfig, OneProcess, Ranks, collect, evaluate, optimizer_steps, option, update
 from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts
 from sde import SDE, SDE_TYPES, sigma_schedule
-from toy import pictures, world
+import pictures
+from toy import world
 from toy.model import ToyPolicy
 from trust_region import Anchor, kl_weights
 
@@ -282,8 +283,8 @@ def build(config, run, gather, device, mesh):
         model, videoalign, repo = (run / "tiny" / part for part in ("model", "videoalign", "videoalign_repo"))
         prompts, eval_prompts = prompts[:4], eval_prompts[:4]
         if gather.rank == 0 and not repo.exists():
-            from toy.tiny_models import build_tiny_hunyuan
-            from toy.tiny_videoalign import build_tiny_template, build_tiny_videoalign
+            from tiny.hunyuan import build_tiny_hunyuan
+            from tiny.videoalign import build_tiny_template, build_tiny_videoalign
 
             build_tiny_hunyuan(model), build_tiny_videoalign(videoalign), build_tiny_template(repo)
         gather(torch.zeros(1, device=device)).sum().item()  # nobody reads before it is written

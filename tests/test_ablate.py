@@ -11,7 +11,7 @@ import torch
 
 import train
 from sde import SDE, sigma_schedule
-from toy import ablate, claims, figures
+from paper import ablate, claims, figures
 
 ROOT = Path(train.__file__).parent
 

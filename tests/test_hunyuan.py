@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import hunyuan
 from hunyuan import HunyuanPolicy, PromptEncoder, latent_shape, load, memory_estimate, meta_transformer, token_count
 from sde import SDE, rollout, sigma_schedule
-from toy.tiny_models import build_tiny_hunyuan
+from tiny.hunyuan import build_tiny_hunyuan
 
 FRAMES, HEIGHT, WIDTH = 5, 64, 48
 PROMPTS = ['A red cat holds a sign that says "hello", in the rain', "dog"]  # with and without quotes, of different length

@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 import rewards
 from rewards import CLIPScore, PickScore, VideoAlign, read_video, write_video
-from toy.tiny_videoalign import LORA_ALPHA, LORA_RANK, build_tiny_clip, build_tiny_template, build_tiny_videoalign
+from tiny.videoalign import LORA_ALPHA, LORA_RANK, build_tiny_clip, build_tiny_template, build_tiny_videoalign
 
 PROMPTS = ["a cat", "a dog that runs over a {green} hill", "東京 by night"]
 Q_PROJ, HEAD = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.rm_head.weight"

@@ -7,8 +7,8 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from toy.claims import HOT, SAMPLERS, interval, row  # noqa: E402
-from toy.pictures import BLACK, BLUE, GREEN, ORANGE, RED  # noqa: E402
+from paper.claims import HOT, SAMPLERS, interval, row  # noqa: E402
+from pictures import BLACK, BLUE, GREEN, ORANGE, RED  # noqa: E402
 
 # One colour, line and marker each, so that a picture also reads in grey.
 LOOKS = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (RED, "-.", "^"), (GREEN, ":", "D"), (BLACK, (0, (5, 1)), "v")]

@@ -1,7 +1,7 @@
 """The paper's ablations on the toy: which of its claims hold here, which do not, and how sure we are.
 
-    python -m toy.ablate --quick     a small grid, in about 10 minutes on two cores   -> runs/ablation/quick/results.json
-    python -m toy.ablate             all of it, in about 2 hours on two cores         -> results.json, figures/
+    python -m paper.ablate --quick     a small grid, in about 10 minutes on two cores   -> runs/ablation/quick/results.json
+    python -m paper.ablate             all of it, in about 2 hours on two cores         -> results.json, figures/
 
 Every run of the grid is one plain `python train.py` of the toy with some options changed, on one core, so each of its
 folders (runs/ablation/…) can be looked at like any other run. Ctrl-C stops; the same command goes on where it stopped.
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import train
 from sde import SDE_TYPES
-from toy import claims, plots, world
+from paper import claims, plots
+from toy import world
 from trust_region import KL_MODES
 
 # Half the preset's batch: the grid is about differences between settings, which show before the reward levels off.

@@ -1,4 +1,4 @@
-"""Redraw the phenomena of the paper's figures that need no training, in about a minute:  python -m toy.figures
+"""Redraw the phenomena of the paper's figures that need no training, in about a minute:  python -m paper.figures
 
     figures/fig1_3_exploration.png    noise injected per step, where one step of it leads, how much leaves the manifold
     figures/marginals.png             error of the marginals against the number of steps, exact propagation
@@ -27,7 +27,7 @@ from sde import SDE, SDE_TYPES, SIGMA_MAX, diffusion_coefficient, log_prob, pred
 from toy import world  # noqa: E402
 from toy.gaussian import GaussianMixture, gaussian, propagate  # noqa: E402
 from toy.model import ToyPolicy  # noqa: E402
-from toy.plots import LOOKS, finish  # noqa: E402
+from paper.plots import LOOKS, finish  # noqa: E402
 
 FOLDER = Path("figures")
 SAMPLERS = dict(zip(SDE_TYPES, LOOKS, strict=True))

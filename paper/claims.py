@@ -16,7 +16,7 @@ HOT = "learning_rate=0.0004,updates=80,kl_schedule=fixed"
 
 
 def row(sampler="SAGE", *options):
-    """The label of a row, as toy.ablate makes it."""
+    """The label of a row, as paper.ablate makes it."""
     sde = [f"sde_type={SAMPLERS[sampler]}"] if SAMPLERS[sampler] else []
     return ",".join([*sde, *options]) or "base"
 
@@ -28,7 +28,7 @@ class Claim:
     source: str
     text: str
     pairs: tuple  # of (label, label)
-    number: str = "Overall"  # a key of toy.ablate.summarise
+    number: str = "Overall"  # a key of paper.ablate.summarise
     sign: int = 1
     quick: bool = True  # whether the quick grid runs its rows
 
