@@ -288,7 +288,7 @@ def build(config, run, gather, device, mesh):
 
             build_tiny_hunyuan(model), build_tiny_videoalign(videoalign), build_tiny_template(repo)
         gather(torch.zeros(1, device=device)).sum().item()  # nobody reads before it is written
-    from rewards import CLIPScore, PickScore, VideoAlign
+    from videoalign import CLIPScore, PickScore, VideoAlign
 
     reward = VideoAlign(videoalign, repo, device, fps=config.fps)
     extra = [kind(where, device) for kind, where in ((CLIPScore, config.clip_score), (PickScore, config.pick_score)) if where]
@@ -320,7 +320,7 @@ def run_evaluation(policy, reward, prompts, config, update_index, run, gather):
 
     def keep(place, video):
         if config.model != TOY:
-            from rewards import write_video
+            from videoalign import write_video
 
             mine = folder / f"rank-{gather.rank}.mp4"  # two ranks may make one video, where evaluate wraps around
             write_video(mine, video, config.fps)

@@ -14,7 +14,7 @@ from diffusers import HunyuanVideo15Transformer3DModel
 
 import checkpoint
 import train
-from rewards import read_video
+from videoalign import read_video
 
 ROOT = Path(train.__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -17,8 +17,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-import rewards
-from rewards import CLIPScore, PickScore, VideoAlign, read_video, write_video
+import videoalign
+from videoalign import CLIPScore, PickScore, VideoAlign, read_video, write_video
 from tiny.videoalign import LORA_ALPHA, LORA_RANK, build_tiny_clip, build_tiny_template, build_tiny_videoalign
 
 PROMPTS = ["a cat", "a dog that runs over a {green} hill", "東京 by night"]
@@ -174,7 +174,7 @@ def test_every_key_must_fit(folders, scorer, change, fault):
     state = torch.load(folders[1] / "checkpoint-1" / "model.pth", weights_only=True)
     change(state)
     with pytest.raises(ValueError, match=re.escape(f"must be exactly those of VideoAlign's model: {fault}")):
-        rewards.load_weights(scorer.module, state, LORA_RANK, LORA_ALPHA)
+        videoalign.load_weights(scorer.module, state, LORA_RANK, LORA_ALPHA)
 
 
 @pytest.mark.parametrize("part", ["model_config.json", "checkpoint-1/model.pth", "checkpoint-1/tokenizer"])
@@ -220,7 +220,7 @@ def test_template_must_come_from_a_clone(folders, tmp_path):
 
 def test_sizes_of_the_released_model(tmp_path):
     """Qwen2-VL-2B has 2,208,985,600 parameters, tied; the released bf16 file, with lm_head and LoRA of rank 64, 5.03 GB."""
-    module = rewards.build_module(tmp_path, output_dim=1, video_id=151656, device="meta")
+    module = videoalign.build_module(tmp_path, output_dim=1, video_id=151656, device="meta")
     sizes = {name: weight.numel() for name, weight in module.named_parameters()}
     added, width = 151_936 - 151_660, 1536
     assert sum(sizes.values()) - sizes["rm_head.weight"] + added * width == 2_208_985_600
@@ -230,14 +230,14 @@ def test_sizes_of_the_released_model(tmp_path):
 
 @pytest.mark.parametrize("total, fps, count", [(81, 24, 6), (90, 24, 8), (9, 24, 4), (3, 24, 2), (5, 1, 4), (900, 1, 768)])
 def test_frame_counts(total, fps, count):
-    indices = rewards.frame_indices(total, fps, 2.0)
+    indices = videoalign.frame_indices(total, fps, 2.0)
     assert len(indices) == count and indices[0] == 0 and indices[-1] == total - 1
     assert (indices - torch.arange(count) * (total - 1) / (count - 1)).abs().max() <= 0.5
 
 
 @pytest.mark.parametrize("height, width", [(480, 848), (480, 832), (64, 96), (32, 32), (720, 1280), (280, 392), (30, 3000)])
 def test_frames_are_resized_as_qwen_resizes(height, width):
-    frames = rewards.resize_frames(random_videos(2, 3, height, width), 200_704)
+    frames = videoalign.resize_frames(random_videos(2, 3, height, width), 200_704)
     assert tuple(frames.shape[-2:]) == smart_resize(height, width, min_pixels=100_352, max_pixels=200_704)
     assert frames.equal(frames.round()) and 0 <= frames.min() and frames.max() <= 255
 
@@ -245,7 +245,7 @@ def test_frames_are_resized_as_qwen_resizes(height, width):
 def test_patches_of_a_still_equal_the_stock_processor():
     image = random_videos(3, 280, 392)
     stock = Qwen2VLImageProcessorPil(do_resize=False)(image.numpy(), return_tensors="pt")
-    patches, grid = rewards.patchify(image.float().expand(2, -1, -1, -1))
+    patches, grid = videoalign.patchify(image.float().expand(2, -1, -1, -1))
     assert grid.tolist() == stock["image_grid_thw"][0].tolist()
     torch.testing.assert_close(patches, stock["pixel_values"], atol=1e-6, rtol=0)
 
@@ -254,8 +254,8 @@ def test_patches_of_a_video_keep_the_order_of_frames(scorer):
     """The patch embedding of our patches is the same kernel slid over the video, its outputs in blocks of 2 × 2."""
     frames = random_videos(4, 3, 56, 84).float()
     embed = scorer.module["model"].visual.patch_embed
-    patches, grid = rewards.patchify(frames)
-    mean, std = torch.tensor(rewards.PIXEL_MEAN_STD).view(2, 3, 1, 1)
+    patches, grid = videoalign.patchify(frames)
+    mean, std = torch.tensor(videoalign.PIXEL_MEAN_STD).view(2, 3, 1, 1)
     slid = embed.proj(((frames / 255 - mean) / std).transpose(0, 1)[None])[0]  # [D, 2, 4, 6]
     slid = slid.unflatten(2, (2, 2)).unflatten(4, (3, 2)).permute(1, 2, 4, 3, 5, 0)  # [t, h, w, 2, 2, D]
     assert grid.tolist() == [2, 4, 6]
@@ -324,8 +324,8 @@ def test_command(folders, repo, scorer, tmp_path, monkeypatch, capsys):
     def run(*prompts):
         (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         options = f"--videoalign {folders[1]} --videoalign_repo {repo} --prompts {tmp_path / 'prompts.txt'} --json {scores}"
-        monkeypatch.setattr(sys, "argv", ["rewards.py", *paths, *options.split()])
-        rewards.main()
+        monkeypatch.setattr(sys, "argv", ["videoalign.py", *paths, *options.split()])
+        videoalign.main()
         return json.loads(open(scores).read())
 
     rows = run("a cat", "<|VQ_reward|>")
