@@ -1,0 +1,61 @@
+"""Rewards: Eq. 10 (composite reward) and the advantage A_i of Eq. 4.
+
+Every reward model in this project, toy or real, is one function
+
+    reward(videos uint8 [B, F, C, H, W], prompts: list of B strings) -> {name: float tensor [B]}
+
+in which NaN means "this sample could not be scored". A failed sample is carried as NaN up to `group_advantages`, which
+masks it; it is never replaced by a number, since any number would be normalised together with the honest ones.
+"""
+
+import torch
+
+# Weights of Eq. 10 by the paper's names for them. Only the ratios matter: Eq. 4 normalises per group.
+REWARD_SETTINGS = {
+    "A": {"VQ": 1 / 3, "MQ": 1 / 3, "TA": 1 / 3},  # averaged rewards
+    "B": {"VQ": 0.5, "MQ": 0.5, "TA": 1.0},  # alignment-focused, the released code's default
+}
+
+
+def composite_reward(scores, setting):
+    """Eq. 10:  r = w_vq·VQ + w_mq·MQ + w_ta·TA, weights by the name of the paper's setting ("A" or "B").
+
+    scores: {"VQ": [B], "MQ": [B], "TA": [B], …}; further entries are left out of the reward. Returns float64 [B]; NaN where
+    any of the three is not finite.
+    """
+    if setting not in REWARD_SETTINGS:
+        raise ValueError(f"reward setting must be one of {sorted(REWARD_SETTINGS)}: got {setting!r}")
+    weights = REWARD_SETTINGS[setting]
+    missing = sorted(weights.keys() - scores.keys())
+    if missing:
+        raise ValueError(f"setting {setting} needs the scores {sorted(weights)}: the reward model did not return {missing}")
+    reward = sum(weight * scores[name].double() for name, weight in weights.items())
+    return torch.where(reward.isfinite(), reward, torch.nan)  # [B]
+
+
+def group_advantages(rewards, group_size, eps=1e-6, max_advantage=5.0):
+    """A_i of Eq. 4:  A_i = (r_i − mean_group r) / (std_group r + ε), clamped to ±max_advantage (released code: 5).
+
+    rewards: [B], the G = group_size samples of one prompt standing next to each other; B must be a multiple of G.
+    Returns (advantages [B] float32, valid [B] bool, group_std [B / G] float64).
+
+    - NaN (failed) rewards get A = 0 and valid = False, and take no part in their group's mean and std.
+    - A group without spread (all rewards equal, or one valid sample) teaches nothing: A = 0, not 0/0. "Equal" is judged
+      at float32 resolution, or rounding noise of two equal scores would be blown up to A = ±1.
+    - std is the population's (1/G inside the root): defined for a single sample, too.
+    """
+    if group_size < 1 or rewards.ndim != 1 or rewards.numel() % group_size:
+        raise ValueError(
+            f"group_size must divide the number of rewards: got group_size {group_size} and rewards of shape "
+            f"{tuple(rewards.shape)}; collect whole groups before normalising"
+        )
+    r = rewards.double().view(-1, group_size)  # [P, G]
+    valid = r.isfinite()
+    count = valid.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(valid, r, 0.0).sum(1, keepdim=True) / count
+    centred = torch.where(valid, r - mean, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()  # [P, 1]
+    resolution = torch.finfo(torch.float32).eps * torch.where(valid, r, 0.0).abs().amax(1, keepdim=True)
+    spread = (std > resolution) & valid
+    advantages = torch.where(spread, centred / (std + eps), 0.0).clamp(-max_advantage, max_advantage)
+    return advantages.float().flatten(), valid.flatten(), std.flatten()
