@@ -33,8 +33,8 @@ def composite_reward(scores, setting):
     return torch.where(reward.isfinite(), reward, torch.nan)  # [B]
 
 
-def group_advantages(rewards, group_size, eps=1e-6, max_advantage=5.0):
-    """A_i of Eq. 4:  A_i = (r_i − mean_group r) / (std_group r + ε), clamped to ±max_advantage (released code: 5).
+def group_advantages(rewards, group_size, guard=1e-6, max_advantage=5.0):
+    """A_i of Eq. 4:  A_i = (r_i − mean_group r) / (std_group r + guard), clamped to ±max_advantage (released code: 5).
 
     rewards: [B], the G = group_size samples of one prompt standing next to each other; B must be a multiple of G.
     Returns (advantages [B] float32, valid [B] bool, group_std [B / G] float64).
@@ -57,5 +57,5 @@ def group_advantages(rewards, group_size, eps=1e-6, max_advantage=5.0):
     std = (centred.square().sum(1, keepdim=True) / count).sqrt()  # [P, 1]
     resolution = torch.finfo(torch.float32).eps * torch.where(valid, r, 0.0).abs().amax(1, keepdim=True)
     spread = (std > resolution) & valid
-    advantages = torch.where(spread, centred / (std + eps), 0.0).clamp(-max_advantage, max_advantage)
+    advantages = torch.where(spread, centred / (std + guard), 0.0).clamp(-max_advantage, max_advantage)
     return advantages.float().flatten(), valid.flatten(), std.flatten()

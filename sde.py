@@ -2,20 +2,31 @@
 
 Paper: Manifold-Aware Exploration for Reinforcement Learning in Video Generation (SAGE-GRPO), arXiv 2603.21872.
 
-Symbols, here and in every other file:
+Symbols, here and in every other file; each letter means one thing:
     sigma, sigma'   noise level at the start and at the end of a step; sigma falls from 1 (pure noise) to 0 (data)
-    k               step index, sigmas[k] -> sigmas[k + 1];  T steps, T + 1 sigmas
+    k               step index, sigmas[k] -> sigmas[k + 1];  T steps, T + 1 sigmas. The paper also writes t for it (S_t, N_t)
     Δ  delta        sigma − sigma' > 0
-    x, v            state and predicted velocity at sigma; z noise, x0 data
-    η  eta          exploration scale (the released code uses 0.5 on HunyuanVideo-1.5)
-    Σ  std          the EFFECTIVE standard deviation of the noise that one whole step adds; Σ² variance
+    x, v            state and predicted velocity at sigma;  x' state at sigma'
+    x0, z           data and noise;  x0_hat, z_hat: what a velocity predicts of them
+    s               score, ∇ log p_sigma(x)
+    ε(sigma)        diffusion coefficient of Eq. 16. The small constants that Eq. 4 and 9 also call ε are `guard` here
+    η  eta          exploration scale of ε(sigma) (the released code uses 0.5 on HunyuanVideo-1.5)
+    Σ  std          the EFFECTIVE standard deviation of the noise that one whole step adds;  Σ² variance
+    a, b            coefficients of a step's mean,  mean = a·x + b·v
+    ξ               the noise of a step, N(0, I)
     D               number of elements of one sample
+    π_θ, π_old      the policy, and the policy that made the rollout (the paper's π_{k−1}, where k counts policies)
+    ρ               ratio π_θ/π_old;  c  clip range
+    A, r            advantage and reward of a sample;  G  group_size, samples of one prompt;  B  samples of a batch
+    N_t, S_t        gradient norm and scale of a step, Eq. 8 and 9.  The N of Eq. 13 is `anchor_every`
+    β_pos, β_vel    weights of Eq. 14;  λ_KL  weight of the whole trust region
 
 The schedule is a handful of scalars and Eq. 5 subtracts nearly equal ones, so all arithmetic on sigma is float64.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +35,7 @@ SIGMA_MAX = 0.997  # the integral of Eq. 5 diverges at sigma = 1; both of its en
 
 
 def sigma_schedule(num_steps, shift=5.0):
-    """sigma_k = shift·s / (1 + (shift − 1)·s), s = linspace(1, 0, T + 1). Returns float64 [T + 1], from 1 to 0.
+    """sigma_k = shift·u / (1 + (shift − 1)·u), u = linspace(1, 0, T + 1). Returns float64 [T + 1], from 1 to 0.
 
     shift > 1 spends more of the steps at high noise. Paper: T = 20, shift 5.
     """
@@ -32,8 +43,8 @@ def sigma_schedule(num_steps, shift=5.0):
         raise ValueError(f"num_steps must be at least 1: got {num_steps}")
     if not shift > 0:
         raise ValueError(f"shift must be positive: got {shift}")
-    s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return shift * s / (1 - s + shift * s)  # the same denominator, arranged so that s = 1 gives exactly 1
+    u = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return shift * u / (1 - u + shift * u)  # the same denominator, arranged so that u = 1 gives exactly 1
 
 
 # ---------------------------------------------------------------------------------------------- flow matching
@@ -67,7 +78,11 @@ def score(x, v, sigma):
 def diffusion_coefficient(sigma, eta):
     """ε(sigma) of Eq. 16:  ε = η·sqrt(sigma / (1 − sigma)), in  dx = [v − ½ε²·s] dsigma + ε dw  (sigma running down).
 
-    For this ε, and this drift, every marginal p_sigma of the ODE is also the SDE's. It is what Eq. 5 integrates.
+    The drift of Eq. 16 keeps every marginal p_sigma of the ODE for ANY function ε(sigma): in the Fokker–Planck equation
+    the term −½ε²·s cancels the diffusion. This ε is the paper's choice among them; DanceGRPO's is the constant η.
+
+    No training code calls this function, since a step needs ε² only in integrated form, Eq. 5. It stands here so that the
+    tests and figures can integrate it by quadrature and compare.
     """
     return eta * math.sqrt(sigma / (1 - sigma))
 
@@ -115,28 +130,56 @@ def step_variances(sde_type, eta, sigmas):
 def exact_variance(sigma, sigma_next, eta):
     """Our extension, not in the paper: freeze x0_hat over the step and Eq. 16 is linear, so it solves in closed form:
 
-        ρ = sigma'(1 − sigma) / (sigma(1 − sigma')),   Σ² = sigma'²·(1 − ρ^{η²})
-        mean = (1 − sigma')·x0_hat + (sigma'/sigma)·ρ^{η²/2}·(x − (1 − sigma)·x0_hat)
+        q = sigma'(1 − sigma) / (sigma(1 − sigma')),   Σ² = sigma'²·(1 − q^{η²})
+        mean = (1 − sigma')·x0_hat + (sigma'/sigma)·q^{η²/2}·(x − (1 − sigma)·x0_hat)
 
-    x − (1 − sigma)·x0_hat is sigma·z_hat and sigma'·ρ^{η²/2} is sqrt(sigma'² − Σ²): the mean rule of CPS, so the two
-    share it in SDE.transition. A first-order exponential integrator. It needs no clamp at either end.
+    x − (1 − sigma)·x0_hat is sigma·z_hat and sigma'·q^{η²/2} is sqrt(sigma'² − Σ²): the mean rule of CPS, so the two
+    share coefficients_keeping_mean. A first-order exponential integrator. It needs no clamp at either end.
     """
-    rho = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
-    return sigma_next**2 * -torch.expm1(torch.xlogy(torch.tensor(eta**2, dtype=sigma.dtype), rho))
+    q = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
+    return sigma_next**2 * -torch.expm1(torch.xlogy(torch.tensor(eta**2, dtype=sigma.dtype), q))
+
+
+# ---------------------------------------------------------------------------------------------- mean of a step
+def mean_of_eq_7(x, v, sigma, sigma_next, variance):
+    """Eq. 7:  x' = x − Δ·v + ½Σ²·s + Σ·ξ,  ξ ~ N(0, I); this is its mean.
+
+    It is Eq. 16 over one step with v and s frozen at their values at sigma. The sign of the score's term: sigma runs down,
+    dsigma = −Δ, so the drift −½ε²·s dsigma becomes +½Σ²·s.
+    """
+    delta = sigma - sigma_next
+    return x - delta * v + variance / 2 * score(x, v, sigma)
+
+
+def coefficients_keeping_mean(x, v, sigma, sigma_next, variance):
+    """Mean of cps and exact:  (1 − sigma')·x0_hat + sqrt(sigma'² − Σ²)·z_hat.
+
+    With Σ·ξ added, noise has the standard deviation sigma' again: the coefficients of Eq. 2 are kept.
+    """
+    noise_kept = (sigma_next**2 - variance).clamp(min=0).sqrt()
+    return (1 - sigma_next) * predict_x0(x, v, sigma) + noise_kept * predict_noise(x, v, sigma)
 
 
 # ---------------------------------------------------------------------------------------------- the SDE
+class Step(NamedTuple):
+    """One step  x' = a·x + b·v + Σ·ξ  for each of B samples; the entries are shaped [B, 1, …] to broadcast against x."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    std: torch.Tensor
+
+
 class SDE:
-    """The stochastic sampler of one schedule: a float64 table with one column a step, and the transition that reads it.
+    """The stochastic sampler of one schedule: three float64 numbers a step, and the transition that applies them.
 
     sde_type   sage_grpo | flow_grpo | dance_grpo | cps | exact
     eta        ≥ 0; for cps in [0, 1], since its std is sin(ηπ/2): 1.8 would silently act as 0.2. 0 is the ODE (Eq. 1)
     sigmas     [T + 1], strictly falling within [0, 1]
     noisy_last_step   False turns the last step into an ODE step. The noise of that step stays in the sample which the
-               reward sees. The released code keeps it (and trains the step); the toy turns it off, where it is most of
-               the difference between samplers
+               reward sees. The released code keeps it (and trains the step); the toy turns it off, because this last
+               noise causes most of the difference between the samplers
 
-    variance, std [T] (float64) and stochastic [T] (bool) may be read; a step with Σ = 0 is deterministic.
+    a, b, std, variance [T] (float64) and stochastic [T] (bool) may be read; a step with Σ = 0 is deterministic.
     """
 
     def __init__(self, sde_type, eta, sigmas, noisy_last_step=True):
@@ -151,48 +194,60 @@ class SDE:
             raise ValueError(f"sigmas must be a list of at least two noise levels: got shape {tuple(sigmas.shape)}")
         if not (sigmas.diff() < 0).all() or sigmas[0] > 1 or sigmas[-1] < 0:
             raise ValueError(f"sigmas must fall strictly from at most 1 to at least 0: got {sigmas.tolist()}")
-        self.sde_type, self.eta, self.sigmas = sde_type, eta, sigmas
+        self.sde_type = sde_type
+        self.eta = eta
+        self.sigmas = sigmas
         self.num_steps = len(sigmas) - 1
-        variance = step_variances(sde_type, eta, sigmas)
+        self.variance = step_variances(sde_type, eta, sigmas)
         if not noisy_last_step:
-            variance[-1] = 0
-        sigma, sigma_next = sigmas[:-1], sigmas[1:]
-        self.variance, self.std, self.stochastic = variance, variance.sqrt(), variance > 0  # [T]
-        noise_kept = (sigma_next**2 - variance).clamp(min=0).sqrt()  # cps and exact: what stays of z_hat
-        self.table = torch.stack([sigma, sigma_next, sigma - sigma_next, variance, self.std, noise_kept])  # [6, T]
+            self.variance[-1] = 0
+        self.std = self.variance.sqrt()  # Eq. 6
+        self.stochastic = self.variance > 0
+        # Every mean rule is linear in (x, v): its coefficients are its values at (1, 0) and (0, 1).
+        mean_rule = coefficients_keeping_mean if sde_type in ("cps", "exact") else mean_of_eq_7
+        one, zero = torch.ones_like(self.std), torch.zeros_like(self.std)
+        self.a = mean_rule(one, zero, sigmas[:-1], sigmas[1:], self.variance)
+        self.b = mean_rule(zero, one, sigmas[:-1], sigmas[1:], self.variance)
+
+    def step(self, k, x):
+        """The numbers of step k as a Step in x's dtype and on its device. k: an int, or a LongTensor [B]."""
+        k = torch.as_tensor(k).cpu().expand(len(x))  # one code path, so that int and LongTensor agree bit for bit
+        table = torch.stack([self.a, self.b, self.std])[:, k]  # [3, B]
+        return Step(*table.to(x.dtype).to(x.device).view(3, -1, *[1] * (x.ndim - 1)))
 
     def transition(self, x, v, k):
-        """Eq. 7:  x' = x − Δ·v + ½Σ²·s + Σ·ξ,  ξ ~ N(0, I),  as (mean, std): x' ~ N(mean, std²).
+        """Eq. 7 as (mean, std):  x' ~ N(mean, Σ²),  mean = a_k·x + b_k·v by the sampler's mean rule above.
 
-        cps and exact: mean = (1 − sigma')·x0_hat + sqrt(sigma'² − Σ²)·z_hat, which keeps the coefficients of Eq. 2.
-        Where Σ = 0 both rules are the Euler step of Eq. 1, x − Δ·v.
+        Where Σ = 0 every rule is the Euler step of Eq. 1, x − Δ·v.
 
         x, v: [B, …] float32 or float64, as are the results; k: an int, or a LongTensor [B], each sample at its own step.
-        std is broadcastable to x: [B, 1, …].
+        std is [B, 1, …], broadcastable to x.
         """
         if x.shape != v.shape:
             raise ValueError(f"x and v must have one shape: got {tuple(x.shape)} and {tuple(v.shape)}")
-        k = torch.as_tensor(k, device=x.device).expand(len(x))  # one code path, so that int and LongTensor agree bit for bit
-        columns = self.table.to(x.dtype).to(x.device)[:, k].view(6, -1, *[1] * (x.ndim - 1))
-        sigma, sigma_next, delta, variance, std, noise_kept = columns  # [B, 1, …] each
-        if self.sde_type in ("cps", "exact"):
-            mean = (1 - sigma_next) * predict_x0(x, v, sigma) + noise_kept * predict_noise(x, v, sigma)
-        else:
-            mean = x - delta * v + variance / 2 * score(x, v, sigma)
-        return mean, std
+        a, b, std = self.step(k, x)
+        return a * x + b * v, std
 
 
 def log_prob(x_next, mean, std):
     """log π(x'|x) of the Gaussian step: the true log density with its constants, as a MEAN over the D elements. [B]
 
-    Why the mean: the ratio of GRPO is then exp of the average log-ratio per element, whose spread over samples shrinks
-    like 1/√D, so one clip range serves every resolution. It is also why the paper's clip range is 1e-4 and not 0.2: with
-    D near 10⁶ the log-ratio of a useful update is that small. (The released code does the same without a word; CPS'
-    authors drop constants and Σ altogether, which would give each sampler its own learning rate. Here all samplers share
-    this function.) A step with std = 0 has no density: the result is NaN there, on purpose.
+    x_next, mean: [B, …]; std: one number for each sample ([B, 1, …]), or one for all.
+
+    Why the mean, and why the paper's clip range is 1e-4 and not 0.2: let an update move the mean by δ standard deviations
+    in every element. The log ratio of the sum over D elements would be D times that of one element, −D·δ²/2 + …, and
+    the ratio would leave any interval at video sizes. The mean's log ratio is −δ²/2 + δ·ξ̄ with ξ̄ ~ N(0, 1/D): its spread
+    over samples falls like 1/√D, but its shift −δ²/2 does not depend on D. So one clip range does NOT serve every
+    resolution: at D = 3·10³ a clip range of 1e-4 sees the spread; at D = 10⁶ the ratio is nearly deterministic and below
+    1, and from δ ≈ 0.014 on only 1 − c is ever passed, that is, only samples with A < 0 are clipped.
+
+    The released code takes the mean as well, without a word. CPS' authors drop constants and Σ altogether, which would
+    give each sampler a learning rate of its own; here all samplers share this function. A step with std = 0 has no
+    density: the result is NaN there, on purpose.
     """
-    log_density = -((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-    return log_density.flatten(1).mean(1)
+    distance = (x_next - mean).square().flatten(1).mean(1)  # [B]
+    std = std.flatten()  # [B] or [1]
+    return -distance / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
 
 
 # ---------------------------------------------------------------------------------------------- rollout

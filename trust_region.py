@@ -17,9 +17,10 @@ def gaussian_kl(mean, mean_ref, std):
     """Eq. 11:  KL(π_θ ‖ π_ref) = ‖mean_θ − mean_ref‖² / (2Σ²), two Gaussians of the same std Σ.
 
     Divided by the VARIANCE once (write-ups that print Σ_t² mean Σ_t for the std). Taken as a mean over the D elements,
-    like log_prob, so that both have one scale. mean, mean_ref: [B, …]; std broadcastable to them. Returns [B].
+    like log_prob, so that both have one scale. mean, mean_ref: [B, …]; std: one number for each sample, or one for all.
+    Returns [B].
     """
-    return ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+    return (mean - mean_ref).square().flatten(1).mean(1) / (2 * std.flatten() ** 2)
 
 
 def stepwise_kl_closed_form(mean, mean_old, std):

@@ -261,4 +261,4 @@ def test_bad_arguments_name_the_rule(call, rule):
 def test_module_needs_torch_alone():
     text = open(sde_module.__file__, encoding="utf-8").read()
     imported = {line.split()[1] for line in text.splitlines() if line.startswith(("import ", "from "))}
-    assert imported == {"math", "dataclasses", "torch"}
+    assert imported == {"math", "dataclasses", "typing", "torch"}

@@ -51,18 +51,21 @@ def gaussian(mean, cov):
 def propagate(sde, world):
     """Mean and covariance of the chain's state at every sigma, exactly, for a world of ONE Gaussian; start N(0, I).
 
-    Each step is x' = A·x + b + Σ·ξ with A, b read off SDE.transition itself (at 0 and at the unit vectors), so
-    mean' = A·mean + b and cov' = A·cov·Aᵀ + Σ²·I. Returns ([T + 1, d], [T + 1, d, d]).
+    There the perfect velocity is affine, v(x) = W·x + w, so a step x' = a·x + b·v(x) + Σ·ξ has
+    mean' = A·mean + b·w and cov' = A·cov·Aᵀ + Σ²·I with A = a·I + b·W.
+    Returns ([T + 1, d], [T + 1, d, d]).
     """
     d = world.means.shape[1]
-    probe = torch.cat([torch.zeros(1, d), torch.eye(d)]).double()  # 0 and the unit vectors
-    mean, cov = torch.zeros(d).double(), torch.eye(d).double()
+    eye = torch.eye(d, dtype=torch.float64)
+    probe = torch.cat([torch.zeros(1, d, dtype=torch.float64), eye])  # 0 and the unit vectors: v there gives w and W
+    mean, cov = torch.zeros(d, dtype=torch.float64), eye
     means, covs = [mean], [cov]
     for k in range(sde.num_steps):
-        image, _ = sde.transition(probe, world.velocity(probe, sde.sigmas[k].item()), k)
-        b, A = image[0], (image[1:] - image[0]).T
-        mean = A @ mean + b
-        cov = A @ cov @ A.T + sde.variance[k] * torch.eye(d).double()
+        velocities = world.velocity(probe, sde.sigmas[k].item())
+        w, W = velocities[0], (velocities[1:] - velocities[0]).T
+        A = sde.a[k] * eye + sde.b[k] * W
+        mean = A @ mean + sde.b[k] * w
+        cov = A @ cov @ A.T + sde.variance[k] * eye
         means.append(mean)
         covs.append(cov)
     return torch.stack(means), torch.stack(covs)
