@@ -7,7 +7,7 @@ works the same in one process without torch.distributed. A save that is killed l
 `tmp-`, which is never read and is removed by the next save; the checkpoint before it stays whole.
 
 What is saved: trainable weights, optimizer, anchor, and the counters in progress.json. There is no generator to save:
-`generator` makes each one from (seed, what it is for, update, sample), so the counters and the seed bring all of them back.
+`generator` makes each one from (seed, what it is for, iteration, sample), so the counters and the seed bring all of them back.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ def _barrier():
         dist.barrier()
 
 
-def _state(module, optimizer, anchor):
-    weights, moments = get_state_dict(module, optimizer, options=TRAINABLE_ONLY)
+def _state(module, optimizers, anchor):
+    weights, moments = get_state_dict(module, optimizers, options=TRAINABLE_ONLY)
     return {"module": weights, "optimizer": moments, "anchor": anchor.state_dict() if anchor is not None else {}}
 
 
@@ -54,17 +54,17 @@ def _run(dcp_function, state, folder):
         dcp_function(state, checkpoint_id=folder)
 
 
-def save(folder, module, optimizer, anchor, progress, keep=2):
-    """Write folder/update-<n> with n = progress["update"]; keep the newest `keep`. Every rank must call it."""
+def save(folder, module, optimizers, anchor, progress, keep=2):
+    """Write folder/iteration-<n> with n = progress["iteration"]; keep the newest `keep`. Every rank must call it."""
     folder = Path(folder)
-    final = folder / f"update-{progress['update']:06d}"
+    final = folder / f"iteration-{progress['iteration']:06d}"
     temporary = folder / f"tmp-{final.name}"
     if _rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("tmp-*"):
             shutil.rmtree(leftover)
     _barrier()
-    _run(dcp.save, _state(module, optimizer, anchor), temporary)
+    _run(dcp.save, _state(module, optimizers, anchor), temporary)
     _barrier()
     if _rank() == 0:
         counters = {**progress, "anchor_refreshed_at": anchor.refreshed_at if anchor is not None else None}
@@ -89,7 +89,7 @@ def _flush(path):
 
 def complete(folder):
     """All complete checkpoints of a folder, oldest first."""
-    return sorted(Path(folder).glob("update-*"))
+    return sorted(Path(folder).glob("iteration-*"))
 
 
 def latest(run):
@@ -100,19 +100,19 @@ def latest(run):
     return found[-1]
 
 
-def last_update(run):
-    """The rollout update at which the newest checkpoint of a run was made."""
-    return int(latest(run).name.removeprefix("update-"))
+def last_iteration(run):
+    """The iteration after which the newest checkpoint of a run was made."""
+    return int(latest(run).name.removeprefix("iteration-"))
 
 
-def load(path, module, optimizer, anchor):
-    """Bring weights, optimizer and anchor back in place, bit for bit; returns the progress that was saved."""
+def load(path, module, optimizers, anchor):
+    """Bring weights, optimizers and anchor back in place, bit for bit; returns the progress that was saved."""
     progress = json.loads((Path(path) / "progress.json").read_text())
-    state = _state(module, optimizer, anchor)
+    state = _state(module, optimizers, anchor)
     _run(dcp.load, state, path)
     set_state_dict(
         module,
-        optimizer,
+        optimizers,
         model_state_dict=state["module"],
         optim_state_dict=state["optimizer"],
         options=TRAINABLE_ONLY,
@@ -131,9 +131,9 @@ def load_weights(path, module):
 
 # ---------------------------------------------------------------------------------------------- randomness and stopping
 def generator(*key):
-    """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", update, sample).
+    """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", iteration, sample).
 
-    No generator lives from one update to the next, so the counters of a checkpoint restore them all, and a sample's
+    No generator lives from one iteration to the next, so the counters of a checkpoint restore them all, and a sample's
     noise does not depend on the number of ranks. On the CPU, so that it does not depend on the device either.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -141,7 +141,7 @@ def generator(*key):
 
 
 class Interrupt:
-    """Ctrl-C (or SIGTERM) once: stop after this update, with a checkpoint. Twice: stop at once."""
+    """Ctrl-C (or SIGTERM) once: stop after this iteration, with a checkpoint. Twice: stop at once."""
 
     def __init__(self):
         self.asked = False
@@ -152,7 +152,7 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this update; once more stops at once and loses it", file=sys.stderr, flush=True)
+        print("\nstopping after this iteration; once more stops at once and loses it", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- settings and log
@@ -190,29 +190,38 @@ def read_settings(run, known):
         settings = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must be the JSON that the run wrote: {error}") from None
-    if unknown := sorted(settings.keys() - set(known)):
+    if "accumulation" in settings:
+        raise ValueError(
+            f"{path} was written by a version whose `accumulation` made several optimizer steps of one rollout; now "
+            "`optimizer_steps` counts them (default 1, as in the paper) and the anchor moves between iterations. Going on "
+            "would train by another algorithm: finish that run with the version that began it, or start anew"
+        )
+    unknown = sorted(settings.keys() - set(known))
+    if unknown:
         raise ValueError(f"{path} holds settings that this version does not know: {', '.join(unknown)}")
     return settings
 
 
-def read_log(run, last_update):
-    """metrics.jsonl up to an update: what a killed run logged beyond its checkpoint is cut off, since it happens again.
+def read_log(run, iteration):
+    """metrics.jsonl up to an iteration: what a killed run logged beyond its checkpoint is cut off, since it happens again.
 
-    A new run's log has one line, for the evaluation before the first update.
+    A new run's log has one line, for the evaluation before the first iteration.
     """
-    if last_update == 0:
-        return [{"update": 0}]
+    if iteration == 0:
+        return [{"iteration": 0}]
     path, kept = Path(run) / "metrics.jsonl", []
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             break  # cut short, by a full disk say; whether it is needed is checked below
-        if line["update"] > last_update:
+        if line["iteration"] > iteration:
             break
         kept.append(line)
-    if not kept or kept[-1]["update"] != last_update:
-        raise ValueError(f"{path} must hold a line for each update up to the checkpoint's, {last_update}: got {len(kept)} whole lines")
+    if not kept or kept[-1]["iteration"] != iteration:
+        raise ValueError(
+            f"{path} must hold a line for each iteration up to the checkpoint's, {iteration}: got {len(kept)} whole lines"
+        )
     return kept
 
 

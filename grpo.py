@@ -1,12 +1,25 @@
 """The algorithm box: collect rollouts, score them, update the policy. The toy and the full run call this same code.
 
     collect:  noise → rollout (Eq. 7) → decode → rewards (Eq. 10) → advantages (Eq. 4)
-    update:   for every trained step, in an order of each sample's own:
-              L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL  with the clipped ratio → backward → clip norm → optimizer → anchor
+    update:   for every trained step of every sample:
+              L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL  with the clipped ratio → backward
+              then clip the gradient norm → optimizer → anchor
+
+Words:
+    iteration       one rollout of all samples and the update on it
+    optimizer step  one step of the optimizer; config.optimizer_steps of them in an iteration, the paper's number is 1
+    step            one of the T sampling steps of a rollout
+    micro-batch     one forward and backward pass
+
+**What one optimizer step per iteration implies.** During all backward passes θ still is the policy that made the rollout.
+So the ratio is 1 at every one of them and the clip of Eq. 4 never acts; the closed form of the step-wise KL (Eq. 12) has
+the gradient 0; its rollout-phase estimate (Eq. 15) has the gradient −∇ log π_θ of the rollout's own noise, whose
+expectation is 0. Of the dual trust region (Eq. 14) only the position term pulls: dual is moving KL plus noise of mean 0.
+The clip and the velocity term act from two optimizer steps per iteration on. tests/test_grpo.py shows each of these.
 
 A policy is any object with
     module            the nn.Module that is trained
-    latent_shape      shape of one sample's x, without the batch
+    latent_shape      shape of one training sample's x, without the batch
     encode(prompts)   -> list with one condition per prompt, of whatever kind velocity takes
     velocity(x [B, …], sigma [B], cond list of B) -> v [B, …]; gradients flow; guidance is inside
     decode(x [B, …])  -> uint8 video [B, F, C, H, W]
@@ -15,6 +28,7 @@ A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed samp
 of failures in a list `failures`.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +42,7 @@ from sde import SDE, Trajectory, log_prob, randn, rollout
 from trust_region import (
     KL_MODES,
     KL_SCHEDULES,
+    STEPWISE_KL,
     dual_kl,
     gaussian_kl,
     kl_coefficient,
@@ -36,43 +51,43 @@ from trust_region import (
     stepwise_kl_rollout_phase,
 )
 
+METHOD, OPTIMIZATION = "method", "optimization"  # groups of --help
 
-def option(default, text, choices=None):
-    """A dataclass field that also knows its line of --help."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+
+def option(group, default, text, choices=None, video=False):
+    """A dataclass field that also knows its line of --help. video: read by the video model alone, not by the toy."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "video": video})
 
 
 @dataclass
 class GRPOConfig:
-    """What the algorithm itself reads. Defaults are the paper's; train.py's presets override them."""
+    """What the algorithm itself reads. Defaults are the paper's; the presets of config.py override them."""
 
-    group_size: int = option(4, "G, samples per prompt [paper: 4]")
-    batch_size: int = option(2, "samples per rank and rollout update; a group may span ranks [paper: 2]")
-    reward_setting: str = option("B", "weights of Eq. 10 [paper: A and B]", sorted(REWARD_SETTINGS))
-    clip_range: float = option(1e-4, "c of clip(ρ, 1 ± c), for a log-prob that is a mean over D [paper: 1e-4]")
-    max_advantage: float = option(5.0, "clamp on |A| [paper: 5]")
-    equalizer: bool = option(True, "multiply the policy term of step t by S_t, Eq. 9 [paper: on]")
-    kl_mode: str = option("dual", "trust region, Eq. 11–14 [paper: dual]", KL_MODES)
-    kl_velocity: str = option(
-        "rollout_phase",
-        "form of the step-wise KL: Eq. 15 or Eq. 12 in closed form [paper: rollout_phase]",
-        ("rollout_phase", "closed_form"),
+    group_size: int = option(METHOD, 4, "G, samples per prompt [paper: 4]")
+    batch_size: int = option(METHOD, 8, "samples per rank and iteration; a group may span ranks [paper: 2 × 4; release: 2]")
+    reward_setting: str = option(METHOD, "B", "weights of Eq. 10 [paper: A and B]", sorted(REWARD_SETTINGS))
+    clip_range: float = option(METHOD, 1e-4, "c of clip(ρ, 1 ± c), for a log-prob that is a mean over D [release: 1e-4]")
+    max_advantage: float = option(METHOD, 5.0, "clamp on |A| [release: 5]")
+    equalizer: bool = option(METHOD, True, "multiply the policy term of step t by S_t, Eq. 9 [paper: on]")
+    kl_mode: str = option(METHOD, "dual", "trust region, Eq. 11–14 [paper: dual]", KL_MODES)
+    stepwise_kl: str = option(
+        METHOD, "rollout_phase", "form of the step-wise KL: Eq. 15, or Eq. 12 in closed form [paper: rollout_phase]", STEPWISE_KL
     )
-    beta_pos: float = option(1.0, "β_pos of Eq. 14 [paper: 1.0]")
-    beta_vel: float = option(0.1, "β_vel of Eq. 14 [paper: 0.1]")
-    kl_schedule: str = option("two_stage", "schedule of λ_KL, Fig. 7 [paper: two_stage]", KL_SCHEDULES)
-    kl_lambda: float = option(1e-5, "λ_KL, final value [paper: 1e-5]")
-    kl_lambda_early: float = option(1e-7, "λ_KL of the first stage [paper: 1e-7]")
-    kl_switch: int = option(50, "rollout update at which the second stage begins [not printed in the paper]")
-    anchor_every: int = option(10, "N, optimizer updates between refreshes of the moving anchor, Eq. 13 [paper: 10]")
-    micro_batch: int = option(2, "samples per forward and backward pass, per rank [paper: 2]")
-    accumulation: int = option(4, "micro-batches per optimizer update [paper: 4]")
-    max_grad_norm: float = option(1.0, "gradient norm is clipped to this [paper: 1.0]")
-    max_failed_rewards: float = option(0.1, "share of samples that may fail to be scored before the run stops")
+    beta_pos: float = option(METHOD, 1.0, "β_pos of Eq. 14 [paper: 1.0]")
+    beta_vel: float = option(METHOD, 0.1, "β_vel of Eq. 14 [paper: 0.1]")
+    kl_schedule: str = option(METHOD, "two_stage", "schedule of λ_KL, Fig. 7 [paper: two_stage]", KL_SCHEDULES)
+    kl_lambda: float = option(METHOD, 1e-5, "λ_KL, final value [paper: 1e-5]")
+    kl_lambda_early: float = option(METHOD, 1e-7, "λ_KL at the start of two_stage, milder and ramp [paper: 1e-7]")
+    kl_switch: int = option(METHOD, 50, "iteration of the second stage, or length of the ramp [not printed in the paper]")
+    anchor_every: int = option(METHOD, 10, "N, optimizer steps between refreshes of the moving anchor, Eq. 13 [paper: 10]")
+    optimizer_steps: int = option(OPTIMIZATION, 1, "optimizer steps per iteration [paper and release: 1]")
+    micro_batch: int = option(OPTIMIZATION, 1, "samples per forward and backward pass, per rank [paper: 2]")
+    max_grad_norm: float = option(OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]")
+    max_failed_rewards: float = option(METHOD, 0.1, "share of samples that may fail to be scored before the run stops")
 
-    def check(self):
+    def check_algorithm(self):
         """Raise ValueError on the first setting that cannot work, before anything is loaded."""
-        for name in ("group_size", "batch_size", "anchor_every", "micro_batch", "accumulation"):
+        for name in ("batch_size", "anchor_every", "micro_batch", "optimizer_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
         if self.group_size < 2:
@@ -87,22 +102,24 @@ class GRPOConfig:
                 raise ValueError(f"{name} must not be negative: got {getattr(self, name)}")
 
 
-class OneProcess:
-    """`gather` of a run on one process: what is there is all there is."""
+class OneRank:
+    """`ranks` of a run on one process."""
 
     rank, world = 0, 1
 
-    def __call__(self, tensor):
+    def gather(self, tensor):
+        """The values of all ranks, concatenated in their order: on one process the tensor itself."""
         return tensor
 
 
-class Ranks:
-    """`gather` over all ranks of torch.distributed: concatenates in the order of the ranks."""
+class AllRanks:
+    """`ranks` of a run under torch.distributed."""
 
     def __init__(self):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def __call__(self, tensor):
+    def gather(self, tensor):
+        """The values of all ranks, concatenated in their order."""
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
@@ -117,14 +134,16 @@ class Batch:
     trajectory: Trajectory
     advantages: torch.Tensor  # [B]
     valid: torch.Tensor  # [B] bool, False where the reward failed
-    collected_at: int  # optimizer updates made when the rollout's weights were the policy
+    collected_at: int  # optimizer steps made when the rollout's weights were the policy
     metrics: dict
 
 
-def sample(policy, prompts, sde, generators, callback=None):
+# ---------------------------------------------------------------------------------------------- collect, evaluate
+def sample(policy, prompts, latent_shape, sde, generators, callback=None):
     """(conditions, Trajectory) of one sample for each prompt. Stops at NaN, which would be decoded to black and be scored."""
     conditions = policy.encode(prompts)
-    noise = randn((len(prompts), *policy.latent_shape), generators).to(next(policy.module.parameters()).device)
+    device = next(policy.module.parameters()).device
+    noise = randn((len(prompts), *latent_shape), generators).to(device)
     trajectory = rollout(partial(policy.velocity, cond=conditions), noise, sde, generators, callback)
     if not trajectory.states[:, -1].isfinite().all():
         raise FloatingPointError(
@@ -134,16 +153,17 @@ def sample(policy, prompts, sde, generators, callback=None):
     return conditions, trajectory
 
 
-def collect(policy, reward, prompts, sde, generators, config, optimizer_updates=0, gather=OneProcess(), callback=None):
+def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=None):
     """Roll out one sample for each of this rank's B prompts and turn their rewards into advantages.
 
     prompts: the G copies of a prompt stand next to each other in the order of all ranks together, so that a group may
     span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
     """
     started, passes = time.perf_counter(), policy.passes
-    conditions, trajectory = sample(policy, prompts, sde, generators, callback)
-    scores = reward(policy.decode(trajectory.states[:, -1]), prompts)
-    scores = {name: gather(score.double().to(trajectory.states.device)) for name, score in scores.items()}  # [ranks·B]
+    conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, callback)
+    own_scores = reward(policy.decode(trajectory.states[:, -1]), prompts)
+    device = trajectory.states.device
+    scores = {name: ranks.gather(values.double().to(device)) for name, values in own_scores.items()}  # [ranks·B]
     rewards = composite_reward(scores, config.reward_setting)
     advantages, valid, group_std = group_advantages(rewards, config.group_size, max_advantage=config.max_advantage)
     failed = 1 - valid.double().mean().item()
@@ -159,37 +179,50 @@ def collect(policy, reward, prompts, sde, generators, config, optimizer_updates=
         values = values[values.isfinite()]
         metrics[f"{name}_mean"] = values.mean().item()
         metrics[f"{name}_std"] = values.std(correction=0).item()
-    mine = slice(gather.rank * len(prompts), (gather.rank + 1) * len(prompts))
-    metrics |= {"rollout_passes": policy.passes - passes, "rollout_seconds": time.perf_counter() - started}
-    return Batch(sde, conditions, trajectory, advantages[mine], valid[mine], optimizer_updates, metrics)
+    metrics["rollout_passes"] = policy.passes - passes
+    metrics["rollout_seconds"] = time.perf_counter() - started
+    own = slice(ranks.rank * len(prompts), (ranks.rank + 1) * len(prompts))
+    return Batch(sde, conditions, trajectory, advantages[own], valid[own], steps_made, metrics)
 
 
-def evaluate(policy, reward, prompts, sde, generators, config, gather=OneProcess(), keep=lambda place, video: video):
+def evaluate(policy, reward, prompts, latent_shape, sde, generators, config, ranks=OneRank(), keep=lambda place, video: video):
     """Score one sample for each prompt; with an SDE of eta = 0 this is deterministic ODE sampling.
 
-    The prompts are shared out over the ranks in one block each, the last ones wrapping around so that all ranks make the
-    same number of passes. keep(place, video) sees every video on the rank that made it and returns what to hand on (the
-    place is the prompt's number). Returns ({eval_<name>: mean over the samples that were scored, eval_failed: share of the
-    others}, what was kept, of all prompts in order).
+    latent_shape: of one sample; it may differ from the training samples'. keep(place, video) sees every video on the rank
+    that made it and returns what to hand on (the place is the prompt's number).
+
+    Returns ({eval_<name>: mean over the samples that were scored, eval_failed: share of the others}, what was kept, of all
+    prompts in order).
     """
-    share = -(-len(prompts) // gather.world)
-    places = [i % len(prompts) for i in range(gather.rank * share, (gather.rank + 1) * share)]
-    device, scores, kept = next(policy.module.parameters()).device, [], []
+    # Each rank takes one block of the prompts. The last blocks wrap around, so that all ranks make as many passes.
+    share = math.ceil(len(prompts) / ranks.world)
+    first = ranks.rank * share
+    places = [place % len(prompts) for place in range(first, first + share)]
+    parts, kept = [], []
     for start in range(0, share, config.batch_size):
         chosen = places[start : start + config.batch_size]
-        texts = [prompts[i] for i in chosen]
-        _, trajectory = sample(policy, texts, sde, [generators[i] for i in chosen])
+        texts = [prompts[place] for place in chosen]
+        noise = [generators[place] for place in chosen]
+        _, trajectory = sample(policy, texts, latent_shape, sde, noise)
         videos = policy.decode(trajectory.states[:, -1])
-        scores.append(reward(videos, texts))
-        kept += [keep(i, video) for i, video in zip(chosen, videos, strict=True)]
-    scores = {name: gather(torch.cat([s[name] for s in scores]).double().to(device)) for name in scores[0]}
-    scores = {name: values[: len(prompts)] for name, values in scores.items()}
-    scores = {"reward": composite_reward(scores, config.reward_setting), **scores}
-    kept = gather(torch.stack(kept).to(device))[: len(prompts)].cpu()
-    metrics = {f"eval_{name}": values.nanmean().item() for name, values in scores.items()}
-    return {**metrics, "eval_failed": 1 - scores["reward"].isfinite().double().mean().item()}, kept
+        parts.append(reward(videos, texts))
+        for place, video in zip(chosen, videos, strict=True):
+            kept.append(keep(place, video))
+
+    device = next(policy.module.parameters()).device
+    scores = {}
+    for name in parts[0]:
+        own = torch.cat([part[name] for part in parts]).double().to(device)
+        scores[name] = ranks.gather(own)[: len(prompts)]
+    rewards = composite_reward(scores, config.reward_setting)
+    metrics = {"eval_reward": rewards.nanmean().item()}
+    for name, values in scores.items():
+        metrics[f"eval_{name}"] = values.nanmean().item()
+    metrics["eval_failed"] = 1 - rewards.isfinite().double().mean().item()
+    return metrics, ranks.gather(torch.stack(kept).to(device))[: len(prompts)].cpu()
 
 
+# ---------------------------------------------------------------------------------------------- update
 def clipped_policy_loss(ratio, advantages, clip_range):
     """Eq. 4 as it is trained:  max(−A·ρ, −A·clip(ρ, 1 − c, 1 + c)), per sample. [B]
 
@@ -209,58 +242,82 @@ def micro_batches(batch, config, generators):
     return [(rows, orders[rows, j]) for j in range(len(trained)) for rows in chunks]
 
 
-def optimizer_steps(num_samples, num_trained_steps, config):
-    """Optimizer updates that one batch of rollouts gives on each rank, with the divisibility rules behind it."""
+def micro_batches_per_step(num_samples, num_trained_steps, config):
+    """Micro-batches that each optimizer step of an iteration takes on each rank, with the divisibility rules behind it."""
     if num_samples % config.micro_batch:
         raise ValueError(
             f"micro_batch must divide the samples per rank: got {config.micro_batch} and {num_samples}; "
             f"use a divisor of {num_samples}"
         )
     passes = num_samples // config.micro_batch * num_trained_steps
-    if passes % config.accumulation:
+    if passes % config.optimizer_steps:
         raise ValueError(
-            f"accumulation must divide the micro-batches of an update, samples / micro_batch × trained steps: got "
-            f"{config.accumulation} and {num_samples} / {config.micro_batch} × {num_trained_steps} = {passes}"
+            f"optimizer_steps must divide the micro-batches of an iteration, samples / micro_batch × trained steps: got "
+            f"{config.optimizer_steps} and {num_samples} / {config.micro_batch} × {num_trained_steps} = {passes}; "
+            f"use a divisor of {passes}"
         )
-    return passes // config.accumulation
+    return passes // config.optimizer_steps
 
 
-def update(policy, batch, config, optimizer, anchor, generators, update_index, optimizer_updates, gather=OneProcess()):
-    """One pass over a batch of rollouts. Returns (metrics, optimizer updates made so far).
+def update(policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank()):
+    """One pass over a batch of rollouts. Returns (metrics, optimizer steps made so far).
 
-    Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. The steps
-    of a trajectory are spread over several optimizer updates, as in the released code; both terms are means over the
-    steps, so a λ_KL for a literal Σ_t would be T times ours.
+    Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. All trained
+    steps of all samples go into config.optimizer_steps optimizer steps, evenly. Both terms are means over the steps, so a
+    λ_KL for a literal Σ_t would be T times ours.
     anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
     """
     started, passes = time.perf_counter(), policy.passes
-    total = optimizer_updates + optimizer_steps(len(batch.valid), int(batch.sde.stochastic.sum()), config)
-    lambda_kl = kl_coefficient(
-        config.kl_schedule, update_index, config.kl_lambda, config.kl_lambda_early, config.kl_switch
-    )
+    per_step = micro_batches_per_step(len(batch.valid), int(batch.sde.stochastic.sum()), config)
+    lambda_kl = kl_coefficient(config.kl_schedule, iteration, config.kl_lambda, config.kl_lambda_early, config.kl_switch)
     scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
+    means_ref = reference_means(policy, batch, config, anchor)
     logs, grad_norms = [], []
     for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
-        loss, log = micro_batch_loss(policy, batch, config, anchor, rows, steps, scales, lambda_kl)
-        if number <= config.accumulation:  # no optimizer update has been made yet
+        loss, log = micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lambda_kl)
+        if number <= per_step:  # no optimizer step has been made yet
             check_first_ratio(log["ratio"], config.clip_range)
-        (loss / config.accumulation).backward()
+        (loss / per_step).backward()
         logs.append(log)
-        if number % config.accumulation == 0:
-            grad_norms.append(optimizer_step(optimizer, parameters, config.max_grad_norm, loss.detach()))
-            optimizer_updates += 1
-            if anchor is not None:
-                anchor.maybe_refresh(optimizer_updates)
-    assert optimizer_updates == total, "micro_batches and optimizer_steps disagree"
+        if number % per_step == 0:
+            grad_norms.append(optimizer_step(optimizers, parameters, config.max_grad_norm, loss.detach()))
+            steps_made += 1
+    if anchor is not None:
+        anchor.maybe_refresh(steps_made)
 
-    metrics = summarise({name: torch.cat([log[name] for log in logs]) for name in logs[0]}, config.clip_range, gather)
-    metrics |= {"lambda_kl": lambda_kl, "grad_norm": torch.stack(grad_norms).mean().item()}
-    metrics |= {"update_passes": policy.passes - passes, "update_seconds": time.perf_counter() - started}
-    return metrics, optimizer_updates
+    metrics = summarise({name: torch.cat([log[name] for log in logs]) for name in logs[0]}, config.clip_range, ranks)
+    metrics["lambda_kl"] = lambda_kl
+    metrics["grad_norm"] = torch.stack(grad_norms).mean().item()
+    metrics["update_passes"] = policy.passes - passes
+    metrics["update_seconds"] = time.perf_counter() - started
+    return metrics, steps_made
 
 
-def micro_batch_loss(policy, batch, config, anchor, rows, steps, scales, lambda_kl):
+def reference_means(policy, batch, config, anchor):
+    """Mean of each stochastic step under the anchor, [B, T, …]; None without an anchor.
+
+    They are computed once per iteration, as in the released code: the anchor is swapped in and out once, and it stays the
+    same reference for all optimizer steps of the iteration. While the anchor is the policy that made the rollout, they are
+    the rollout's own means, which are stored: no pass is made.
+    """
+    if anchor is None:
+        return None
+    trajectory = batch.trajectory
+    if anchor.refreshed_at == batch.collected_at:
+        return trajectory.means
+    means = torch.full_like(trajectory.means, torch.nan)
+    with torch.no_grad(), anchor.swapped_in():
+        for k in batch.sde.stochastic.nonzero().flatten().tolist():
+            for rows in torch.arange(len(means)).split(config.micro_batch):
+                x = trajectory.states[rows, k]
+                sigma = batch.sde.sigmas[k].to(x).expand(len(rows))
+                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows])
+                means[rows, k], _ = batch.sde.transition(x, v, k)
+    return means
+
+
+def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lambda_kl):
     """The full objective on the samples `rows`, each at its own step of `steps`. Returns (loss, {name: detached [b]})."""
     x, x_next = batch.trajectory.states[rows, steps], batch.trajectory.states[rows, steps + 1]  # [b, …]
     mean_old = batch.trajectory.means[rows, steps]
@@ -269,59 +326,56 @@ def micro_batch_loss(policy, batch, config, anchor, rows, steps, scales, lambda_
     advantages, valid = batch.advantages[rows], batch.valid[rows].to(x.dtype)
     sigma = batch.sde.sigmas[steps].to(x)
 
-    mean_ref = None
-    if anchor is not None:
-        mean_ref = mean_old  # right while the anchor is the policy that made the rollout
-        if anchor.refreshed_at != batch.collected_at:
-            with torch.no_grad(), anchor.swapped_in():
-                mean_ref, _ = batch.sde.transition(x, policy.velocity(x, sigma, conditions), steps)
-
     mean, std = batch.sde.transition(x, policy.velocity(x, sigma, conditions), steps)
     log_prob_new = log_prob(x_next, mean, std)
     ratio = (log_prob_new - log_prob_old).exp()  # [b]
     policy_loss = clipped_policy_loss(ratio, advantages, config.clip_range)
-    if config.kl_velocity == "closed_form":
+    if config.stepwise_kl == "closed_form":
         kl_velocity = stepwise_kl_closed_form(mean, mean_old, std)
     else:
         kl_velocity = stepwise_kl_rollout_phase(log_prob_new, log_prob_old)
-    kl_position = gaussian_kl(mean, mean_ref, std) if anchor is not None else torch.zeros_like(kl_velocity)
-    kl = dual_kl(kl_position, kl_velocity, *kl_weights(config.kl_mode, config.beta_pos, config.beta_vel))
+    log = {"ratio": ratio, "policy_loss": policy_loss, "kl_velocity": kl_velocity}
+    kl_position = torch.zeros_like(kl_velocity)
+    if means_ref is not None:
+        kl_position = gaussian_kl(mean, means_ref[rows, steps], std)
+        log["kl_position"] = kl_position
+    w_pos, w_vel = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
+    kl = dual_kl(kl_position, kl_velocity, w_pos, w_vel)
 
     loss = (valid * (scales[steps].to(x) * policy_loss + lambda_kl * kl)).mean()
-    log = {"ratio": ratio, "policy_loss": policy_loss, "kl_velocity": kl_velocity}
-    if anchor is not None:
-        log["kl_position"] = kl_position
     return loss, {name: value.detach() for name, value in log.items()}
 
 
 def check_first_ratio(ratio, clip_range):
-    """Before the first optimizer update the policy is the one that made the rollout, so every ratio must be 1."""
+    """Before the first optimizer step the policy is the one that made the rollout, so every ratio must be 1."""
     worst, tolerance = (ratio - 1).abs().max().item(), max(0.1 * clip_range, 1e-6)
     if not worst <= tolerance:
         raise RuntimeError(
-            f"the ratio must be 1 before the first update of a rollout: got |ρ − 1| = {worst:.2e}, allowed {tolerance:.0e}. "
+            f"the ratio must be 1 before the first optimizer step: got |ρ − 1| = {worst:.2e}, allowed {tolerance:.0e}. "
             "Rollout and update computed different velocities for the same state: look for dropout, low-precision "
             "states or timesteps, or guidance that differs between the two"
         )
 
 
-def optimizer_step(optimizer, parameters, max_grad_norm, loss):
-    """Clip, stop if anything is not finite BEFORE the optimizer acts, step. Returns the norm before clipping."""
+def optimizer_step(optimizers, parameters, max_grad_norm, loss):
+    """Clip, stop if anything is not finite BEFORE the optimizers act, step. Returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards under FSDP2
     if not (norm.isfinite() and loss.isfinite()):
         raise FloatingPointError(
-            f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. The weights were not touched; the last checkpoint is "
-            "good. Lower the learning rate, or look at the reward and ratio of the last lines of metrics.jsonl"
+            f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. The weights were not touched; the "
+            "last checkpoint is good. Lower the learning rate, or look at the reward and ratio of the last lines of "
+            "metrics.jsonl"
         )
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return norm
 
 
-def summarise(log, clip_range, gather):
-    """Metrics of one update over all ranks; the only place where they cross to the host."""
-    log = {name: gather(values) for name, values in log.items()}
+def summarise(log, clip_range, ranks):
+    """Metrics of one update over all ranks, as numbers."""
+    log = {name: ranks.gather(values) for name, values in log.items()}
     ratio = log.pop("ratio")
     metrics = {
         "ratio_mean": ratio.mean(),

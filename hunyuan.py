@@ -58,6 +58,8 @@ class HunyuanPolicy:
     def velocity(self, x, sigma, cond):
         """Guided velocity, noise − data:  v = v_uncond + scale·(v_cond − v_uncond).  x [B, C, F, H, W], sigma [B].
 
+        Any size of video: evaluations are larger than rollouts, whose size is latent_shape.
+
         The same guidance in rollout and training: the policy is the guided model, so the ratio is 1 before the first
         update. Both passes carry gradients.
 
@@ -65,8 +67,8 @@ class HunyuanPolicy:
         has 30,000 tokens, so a batch would win nothing; and under FSDP every rank must make the same number of passes,
         whichever prompts it happens to hold.
         """
-        if x.shape[1:] != self.latent_shape or x.dtype != torch.float32:
-            raise ValueError(f"x must be float32 [B, {self.latent_shape}]: got {x.dtype} of shape {tuple(x.shape)}")
+        if x.ndim != 5 or x.shape[1] != CHANNELS or x.dtype != torch.float32:
+            raise ValueError(f"x must be float32 [B, {CHANNELS}, F, H, W]: got {x.dtype} of shape {tuple(x.shape)}")
         if sigma.shape != x.shape[:1] or len(cond) != len(x):
             got = f"{len(x)} samples, sigma of shape {list(sigma.shape)}, {len(cond)} conditions"
             raise ValueError(f"velocity needs one sigma and one condition per sample: got {got}")
@@ -180,16 +182,26 @@ class PromptEncoder:
 
 
 # ------------------------------------------------------------------------------------------------ loading and saving
-def load(model, frames, height, width, prompt_cache, device="cpu", compute_dtype=torch.float32, lora_rank=0,
-         guidance_scale=6.0, mesh=None, seed=0):  # fmt: skip
+def load(
+    model,
+    shape,
+    prompt_cache,
+    device="cpu",
+    compute_dtype=torch.float32,
+    lora_rank=0,
+    guidance_scale=6.0,
+    mesh=None,
+    seed=0,
+):
     """A HunyuanPolicy from a hub id or a local folder in the layout of HunyuanVideo15Pipeline.
+
+    shape: latent_shape(frames, height, width) of the rollouts.
 
     lora_rank 0 trains all weights, as float32 masters; above 0, a float32 LoRA over a frozen base in compute_dtype.
     mesh: the device mesh to shard over, or None. seed: of the LoRA's first weights, the same on every rank.
     """
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16: got {compute_dtype}")
-    shape = latent_shape(frames, height, width)
     check_model(model)
     weight_dtype = compute_dtype if lora_rank else torch.float32
     transformer = load_component(HunyuanVideo15Transformer3DModel, model, "transformer", dtype=weight_dtype)
@@ -313,14 +325,15 @@ def meta_transformer(config=None):
         return HunyuanVideo15Transformer3DModel.from_config(dict(config or {}))
 
 
-def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, config=None):
+def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, muon=False, config=None):
     """GiB on each GPU, by part, for bf16 compute with guidance. An estimate, not a measurement.
 
     P parameters, of which T are trained (LoRA: r·(in + out) of each target), N GPUs, n = tokens + 1256 (the longest text):
     weights      4·P/N full;  (2·P + 4·T)/N LoRA over a bf16 base
     gathered     FSDP's bf16 copies: two blocks and the root, and full: a block's gradients in bf16 and float32.
                  Full on one GPU: 2·P, the copies that autocast makes
-    gradients    4·T/N;   optimizer 8·T/N, the two float32 moments of AdamW;   anchor 4·T/N, or 0 when offloaded
+    gradients    4·T/N;   anchor 4·T/N, or 0 when offloaded
+    optimizer    8·T/N, the two float32 moments of AdamW; muon: 4 instead of 8 for the matrices of the blocks, one momentum
     activations  2·n·D bytes for each block's input, times 2 for guidance, times batch; and what one block holds while it
                  runs backward: about 100·n·D, 56 of them counted in its saved tensors on a CPU, the rest for temporaries
     vae          1.26·10⁹ parameters in float32, without its activations: it decodes while the transformer rests
@@ -333,6 +346,9 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
     if lora_rank:
         targets = [transformer.get_submodule(name) for name in lora_targets(transformer)]
         trained = sum(lora_rank * (linear.in_features + linear.out_features) for linear in targets)
+    moments = 8 * trained
+    if muon:
+        moments -= 4 * trained_in_block_matrices(transformer, lora_rank)
     gathered = 2 * (total - (blocks - 2) * block) + (0 if lora_rank else (2 + 4) * block)
     if gpus == 1:
         gathered = 0 if lora_rank else 2 * total
@@ -341,10 +357,21 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
         "weights": (2 * total + 4 * trained if lora_rank else 4 * total) / gpus,
         "gathered": gathered,
         "gradients": 4 * trained / gpus,
-        "optimizer": 8 * trained / gpus,
+        "optimizer": moments / gpus,
         "anchor": 0 if anchor_offload else 4 * trained / gpus,
         "activations": 2 * 2 * n * width * blocks * batch + 100 * n * width,
         "vae": 4 * 1.26e9,
     }
-    parts["total"] = sum(parts.values())
     return {name: size / 2**30 for name, size in parts.items()}
+
+
+def trained_in_block_matrices(transformer, lora_rank):
+    """Trained parameters in the 2-D weights of the blocks, which Muon takes. A LoRA consists of nothing else."""
+    if lora_rank:
+        targets = [transformer.get_submodule(name) for name in lora_targets(transformer)]
+        return sum(lora_rank * (linear.in_features + linear.out_features) for linear in targets)
+    count = 0
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad and "blocks." in name and parameter.ndim == 2:
+            count += parameter.numel()
+    return count

@@ -16,13 +16,13 @@ BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#
 
 
 def curves(log, clip_range, path):
-    """reward with its parts, KL with λ, ratio, gradient norm, each against the rollout update. log: lines of metrics.jsonl."""
-    updates = [line for line in log if "reward_mean" in line]
+    """reward with its parts, KL with λ, ratio, gradient norm, each against the iteration. log: lines of metrics.jsonl."""
+    iterations = [line for line in log if "reward_mean" in line]
     evaluations = [line for line in log if "eval_reward" in line]
     figure, ((reward, kl), (ratio, gradient)) = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
 
-    def series(name, lines=updates):
-        points = [(line["update"], line[name]) for line in lines if name in line]
+    def series(name, lines=iterations):
+        points = [(line["iteration"], line[name]) for line in lines if name in line]
         return np.array(points).reshape(-1, 2).T
 
     for name, colour in {"reward": BLACK, "VQ": BLUE, "MQ": ORANGE, "TA": GREEN}.items():
@@ -46,10 +46,10 @@ def curves(log, clip_range, path):
     ratio.plot(x, mean - 1, color=BLUE, lw=1.5, label="mean")
     for side in (-clip_range, clip_range):
         ratio.axhline(side, color=RED, ls="--", lw=1.2, label="clip range" if side > 0 else None)
-    ratio.set(title="Ratio ρ − 1", ylabel="ρ − 1", xlabel="rollout update")
+    ratio.set(title="Ratio ρ − 1", ylabel="ρ − 1", xlabel="iteration")
 
     gradient.plot(*series("grad_norm"), color=BLACK, lw=1.5)
-    gradient.set(title="Gradient norm before clipping", ylabel="norm", xlabel="rollout update", ylim=(0, None))
+    gradient.set(title="Gradient norm before clipping", ylabel="norm", xlabel="iteration", ylim=(0, None))
     for axis in (reward, kl, ratio):
         axis.legend(fontsize=8, loc="lower right")
     for axis in (reward, kl, ratio, gradient):
@@ -110,18 +110,21 @@ def side_by_side(before, after, prompts, path, count=8, pixels=108, fps=8):
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
 
 
-def report(run, log, config, prompts, thumbnails):
+def report(run, log, config, prompts):
     """The end of a run: curves, pictures, and the table before → after from the first and the last evaluation.
 
-    thumbnails: of the last evaluation. Each prompt's first noise is shown. A score that was 0 and is 0 has no row.
+    The samples are those that the evaluations saved. Each prompt's first noise is shown. A score that was 0 and is 0 has
+    no row.
     """
     curves(log, config.clip_range, run / "curves.png")
-    np.save(run / "samples_after.npy", thumbnails)
-    before, after = (videos[:: config.eval_noises] for videos in (np.load(run / "samples_before.npy"), thumbnails))
+    before = np.load(run / "samples_before.npy")[:: config.eval_noises]
+    after = np.load(run / "samples_after.npy")[:: config.eval_noises]
     side_by_side(before, after, prompts, run / "samples_before_after.gif")
     evaluations = [line for line in log if "eval_reward" in line]
-    before, after = evaluations[0], evaluations[-1]
-    print(f"{'ODE samples':12} {'before':>8} {'after ' + str(after['update']):>10}  change")
-    for name in [name for name in before if name.startswith("eval_") and (before[name] or after[name])]:
-        print(f"{name[5:]:12} {before[name]:8.4f} {after[name]:10.4f} {after[name] - before[name]:+8.4f}")
+    first, last = evaluations[0], evaluations[-1]
+    heading = f"after {last['iteration']}"
+    print(f"{'ODE samples':12} {'before':>8} {heading:>10}  change")
+    for name in first:
+        if name.startswith("eval_") and (first[name] or last[name]):
+            print(f"{name[5:]:12} {first[name]:8.4f} {last[name]:10.4f} {last[name] - first[name]:+8.4f}")
     print(f"{run}: metrics.jsonl, curves.png, samples_before_after.gif, checkpoints")

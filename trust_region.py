@@ -1,16 +1,19 @@
 """Dual trust region: Eq. 11–15, the moving anchor and the schedules of λ_KL.
 
 Position control keeps the policy θ near an anchor (the pre-trained policy, or a copy of θ refreshed every N optimizer
-updates); velocity control keeps it near π_{k−1}, the policy that made the rollout.
+steps); velocity control keeps it near π_old, the policy that made the rollout. The paper calls that one π_{k−1}.
+
+Velocity control needs several optimizer steps per iteration to act: with one, θ is π_old until the step is made (grpo.py).
 """
 
 import contextlib
 
 import torch
 
-# L_KL = w_pos·KL(θ‖anchor) + w_vel·KL(θ‖π_{k−1}). The betas of Eq. 14 belong to `dual` alone.
+# L_KL = w_pos·KL(θ‖anchor) + w_vel·KL(θ‖π_old). The betas of Eq. 14 belong to `dual` alone.
 KL_MODES = ("none", "fixed", "stepwise", "moving", "dual")
-KL_SCHEDULES = ("fixed", "two_stage", "milder")
+STEPWISE_KL = ("rollout_phase", "closed_form")  # Eq. 15, Eq. 12
+KL_SCHEDULES = ("fixed", "two_stage", "milder", "ramp")
 
 
 def gaussian_kl(mean, mean_ref, std):
@@ -24,7 +27,7 @@ def gaussian_kl(mean, mean_ref, std):
 
 
 def stepwise_kl_closed_form(mean, mean_old, std):
-    """Eq. 12:  KL(π_θ ‖ π_{k−1}) by Eq. 11, with the means stored by the rollout. No second forward pass. Returns [B]."""
+    """Eq. 12:  KL(π_θ ‖ π_old) by Eq. 11, with the means stored by the rollout. No second forward pass. Returns [B]."""
     return gaussian_kl(mean, mean_old, std)
 
 
@@ -50,22 +53,26 @@ def kl_weights(mode, beta_pos=1.0, beta_vel=0.1):
 
 
 def dual_kl(kl_pos, kl_vel, beta_pos=1.0, beta_vel=0.1):
-    """Eq. 14:  L_KL = β_pos·KL(θ‖ref_N) + β_vel·KL(θ‖π_{k−1}).  Paper: β_pos = 1.0, β_vel = 0.1."""
+    """Eq. 14:  L_KL = β_pos·KL(θ‖ref_N) + β_vel·KL(θ‖π_old).  Paper: β_pos = 1.0, β_vel = 0.1."""
     return beta_pos * kl_pos + beta_vel * kl_vel
 
 
-def kl_coefficient(schedule, update, final, early, switch):
-    """λ_KL at a rollout update (counted from 0), Fig. 7. Paper: final 1e-5, early 1e-7; when to switch is not printed.
+def kl_coefficient(schedule, iteration, final, early, switch):
+    """λ_KL at an iteration (counted from 0), Fig. 7. Paper: final 1e-5, early 1e-7; when to switch is not printed.
 
     fixed      final throughout
-    two_stage  early until update `switch`, then final: room to explore first, then a tighter region (best in the paper)
+    two_stage  early until iteration `switch`, then final: room to explore first, then a tighter region (best in the paper)
     milder     early until `switch`, then the geometric mean of early and final (the paper's value is not printed; ours)
+    ramp       linear in the iteration, from early at 0 to final at `switch`: what is known of the released code's controller
     """
     if schedule not in KL_SCHEDULES:
         raise ValueError(f"kl_schedule must be one of {', '.join(KL_SCHEDULES)}: got {schedule!r}")
     if schedule == "fixed":
         return final
-    if update < switch:
+    if schedule == "ramp":
+        share = min(1.0, iteration / switch) if switch else 1.0
+        return early + share * (final - early)
+    if iteration < switch:
         return early
     return final if schedule == "two_stage" else (early * final) ** 0.5
 
@@ -73,21 +80,21 @@ def kl_coefficient(schedule, update, final, early, switch):
 class Anchor:
     """A second set of the trainable weights, kept beside the module and swapped into it when its means are needed.
 
-    Eq. 13:  ref ← θ every N optimizer updates (paper: N = 10), with every = N.
+    Eq. 13:  ref ← θ every N optimizer steps (paper: N = 10), with every = N.
     Fixed KL: every = None, the anchor stays what it was at construction, the pre-trained policy.
 
     Frozen parameters are shared, not copied: under LoRA the anchor is one more adapter (and the fixed one, the initial
     adapter with its zero output, is the base model), not a second 8.3B transformer. All copies are made shard by shard in
     place, so a sharded FSDP2 module needs no special case. offload keeps the copy in host memory.
 
-    refreshed_at: the optimizer update at which anchor and policy were last the same weights. Where that is also the
-    update at which a rollout was collected, the anchor IS the policy that made the rollout, whose means are stored: no
+    refreshed_at: the number of optimizer steps at which anchor and policy were last the same weights. Where a rollout was
+    collected at that same number, the anchor IS the policy that made the rollout, whose means are stored: no
     reference pass is needed then.
     """
 
     def __init__(self, module, every=None, offload=False):
         if every is not None and every < 1:
-            raise ValueError(f"the anchor's refresh interval must be at least 1 optimizer update: got {every}")
+            raise ValueError(f"the anchor's refresh interval must be at least 1 optimizer step: got {every}")
         self.every, self.refreshed_at, self.offload = every, 0, offload
         self._names, self._parameters = zip(*[(n, p) for n, p in module.named_parameters() if p.requires_grad], strict=True)
         self._copies = [self._keep(_local(p)) for p in self._parameters]
@@ -96,13 +103,13 @@ class Anchor:
         return shard.detach().to("cpu", copy=True) if self.offload else shard.detach().clone()
 
     @torch.no_grad()
-    def maybe_refresh(self, optimizer_updates):
-        """Call after every optimizer update with the number of updates so far. Returns True where ref ← θ happened."""
-        if self.every is None or optimizer_updates % self.every:
+    def maybe_refresh(self, steps_made):
+        """Call at the end of every iteration with the number of optimizer steps so far. Returns whether ref ← θ happened."""
+        if self.every is None or steps_made - self.refreshed_at < self.every:
             return False
         for copy, p in zip(self._copies, self._parameters, strict=True):
             copy.copy_(_local(p))
-        self.refreshed_at = optimizer_updates
+        self.refreshed_at = steps_made
         return True
 
     @contextlib.contextmanager

@@ -1,0 +1,347 @@
+"""The settings of a run, its presets, the command line, and the plan of a run: what it will do, in numbers, before it does.
+
+Every setting is a field of Config with its line of --help and, in brackets, its source: [paper: …] is printed in the paper,
+[release: …] was read in the released code (post_train.py, hyvideo/utils/grpo_utils.py and run_post_train.sh of it).
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from grpo import METHOD, OPTIMIZATION, GRPOConfig, micro_batches_per_step, option
+from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts
+from sde import SDE, SDE_TYPES, sigma_schedule
+from trust_region import kl_weights
+
+TOY, TINY = "toy", "tiny"
+RUN, VIDEO, EVALUATION = "run", "video model", "evaluation"  # more groups of --help
+USAGE = "train.py [--preset NAME] [--dry-run] [--option VALUE …]   or   train.py --resume RUN [--iterations N | --export DIR]"
+
+
+@dataclass
+class Config(GRPOConfig):
+    """All settings of a run. Defaults are the paper's; a preset overrides some, an option overrides both."""
+
+    num_steps: int = option(METHOD, 20, "T, sampling steps of a rollout [paper: 20]")
+    shift: float = option(METHOD, 5.0, "shift of the sigma schedule [release: 5]")
+    sde_type: str = option(METHOD, "sage_grpo", "sampler of Table 1, or our exact [paper: sage_grpo]", SDE_TYPES)
+    eta: float = option(METHOD, 0.5, "η, exploration scale; at most 1 for cps [release: 0.5]")
+    noisy_last_step: bool = option(METHOD, True, "inject noise in the last step, too, and train it [release: on]")
+
+    optimizer: str = option(
+        OPTIMIZATION, "adamw", "adamw, or muon for the blocks' matrices and adamw for the rest [release: muon]", ("adamw", "muon")
+    )
+    learning_rate: float = option(OPTIMIZATION, 1e-5, "learning rate, constant [paper: 1e-5]")
+    weight_decay: float = option(OPTIMIZATION, 0.0, "decoupled weight decay [release: 0.01]")
+    compute_dtype: str = option(
+        OPTIMIZATION, "bfloat16", "of the transformer; masters are float32 [paper: bf16]", ("bfloat16", "float32"), video=True
+    )
+    lora_rank: int = option(OPTIMIZATION, 0, "rank of the LoRA; 0 = full fine-tuning [paper: 0]", video=True)
+    anchor_offload: bool = option(OPTIMIZATION, False, "keep the moving anchor in host memory [release: on]", video=True)
+
+    name: str = option(RUN, "", "run folder under --runs [default: the preset's name and a number]")
+    runs: str = option(RUN, "runs", "folder that holds the runs")
+    seed: int = option(RUN, 0, "seed of every random draw")
+    iterations: int = option(RUN, 100, "iterations in all: rollouts of all samples, each with its update [paper: judged after 100]")
+    checkpoint_every: int = option(RUN, 10, "iterations between checkpoints")
+    keep_checkpoints: int = option(RUN, 2, "newest checkpoints that are kept")
+
+    model: str = option(VIDEO, "", "the policy: toy, tiny, or a hub id or local folder of HunyuanVideo-1.5 in diffusers format")
+    frames: int = option(VIDEO, 81, "frames of a video, 4k + 1 [paper: 81]", video=True)
+    height: int = option(VIDEO, 352, "pixels of a rollout [release: its 480p bucket is 352 × 624]", video=True)
+    width: int = option(VIDEO, 624, "pixels of a rollout", video=True)
+    fps: int = option(VIDEO, 24, "frames a second [release: 24]", video=True)
+    guidance_scale: float = option(VIDEO, 6.0, "classifier-free guidance, in rollout and training [release: 6.0]", video=True)
+    prompts: str = option(VIDEO, STARTER_TRAIN, "training prompts: .txt (one a line), .csv or .jsonl (prompt)", video=True)
+    prompt_cache: str = option(VIDEO, "", "folder of encoded prompts [default: prompt_cache under --runs]", video=True)
+    videoalign: str = option(VIDEO, "", "checkpoint folder of VideoAlign (KwaiVGI/VideoReward)", video=True)
+    videoalign_repo: str = option(VIDEO, "", "clone of the VideoAlign repository, for its prompt template", video=True)
+
+    eval_every: int = option(EVALUATION, 10, "iterations between evaluations: fixed prompts and noise, ODE sampling")
+    eval_steps: int = option(EVALUATION, 40, "sampling steps of an evaluation [paper: 40]")
+    eval_noises: int = option(EVALUATION, 1, "noises per evaluation prompt")
+    eval_height: int = option(EVALUATION, 480, "pixels of an evaluation video [release: 480 × 864]", video=True)
+    eval_width: int = option(EVALUATION, 864, "pixels of an evaluation video", video=True)
+    eval_prompts: str = option(EVALUATION, STARTER_EVAL, "evaluation prompts: .txt, .csv or .jsonl", video=True)
+    clip_score: str = option(EVALUATION, "", "hub id or folder of a CLIP model: adds CLIPScore", video=True)
+    pick_score: str = option(EVALUATION, "", "hub id or folder of PickScore: adds PickScore", video=True)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # a config.json may have been edited
+            allowed = (int, float) if field.type is float else field.type
+            value = getattr(self, field.name)
+            if not isinstance(value, allowed):
+                raise ValueError(f"{field.name} must be of type {field.type.__name__}: got {value!r}")
+
+    def check(self, ranks):
+        """Raise on the first setting that cannot work on this number of ranks, before anything is loaded."""
+        self.check_algorithm()
+        for name in ("iterations", "eval_every", "eval_steps", "eval_noises", "checkpoint_every", "keep_checkpoints", "fps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        for name in ("learning_rate", "eta", "guidance_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative: got {self.weight_decay}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 (full fine-tuning) or positive: got {self.lora_rank}")
+        if self.batch_size * ranks % self.group_size:
+            raise ValueError(
+                f"group_size must divide batch_size × ranks: got {self.group_size} and {self.batch_size} × {ranks}; "
+                f"use a batch_size that is a multiple of {self.group_size}, or other ranks"
+            )
+        if self.model == TOY and ranks > 1:
+            raise ValueError(f"the toy runs on one process: got {ranks} ranks; start it with python, not torchrun")
+        micro_batches_per_step(self.batch_size, self.trained_steps(), self)
+        if self.model != TOY:
+            self.check_video_model()
+
+    def check_video_model(self):
+        import hunyuan
+
+        hunyuan.latent_shape(self.frames, self.height, self.width)
+        hunyuan.latent_shape(self.frames, self.eval_height, self.eval_width)
+        read_prompts(self.prompts)
+        read_prompts(self.eval_prompts)
+        if self.model != TINY:
+            hunyuan.check_model(self.model)
+
+    def check_rewards(self):
+        """Apart from check(), since a dry run needs no files of the reward model."""
+        if self.model in (TOY, TINY):
+            return
+        for name, what in (("videoalign", "checkpoint"), ("videoalign_repo", "clone of its code")):
+            given = getattr(self, name)
+            if not given or not Path(given).is_dir():
+                raise ValueError(f"--{name} must be the folder of VideoAlign's {what}: got {given!r}, see the README")
+
+    def sde(self):
+        """The sampler of the rollouts."""
+        return SDE(self.sde_type, self.eta, sigma_schedule(self.num_steps, self.shift), self.noisy_last_step)
+
+    def trained_steps(self):
+        """Steps of a rollout that have noise, and so a log-probability."""
+        stochastic = int(self.sde().stochastic.sum())
+        if stochastic == 0:
+            raise ValueError(
+                f"a rollout needs a stochastic step: got none of {self.num_steps}; raise num_steps or keep noisy_last_step"
+            )
+        return stochastic
+
+
+PAPER = dict(model="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v")  # all else: the defaults above
+PRESETS = {
+    "toy": dict(  # measured on the toy, see RESULTS.md; the rest is the paper's
+        model=TOY,
+        group_size=16,
+        batch_size=128,  # 8 prompts × 16
+        micro_batch=128,
+        reward_setting="A",  # its three scores lie in [0, 1], and their mean is what the table shows
+        iterations=70,
+        num_steps=10,
+        noisy_last_step=False,
+        learning_rate=6e-4,
+        kl_schedule="fixed",
+        kl_lambda=0.1,
+        eval_steps=10,
+        eval_noises=2,
+    ),
+    "tiny": dict(  # the smallest run in which every part of the full run takes part
+        model=TINY,
+        batch_size=4,
+        micro_batch=2,
+        iterations=3,
+        num_steps=4,
+        learning_rate=1e-4,
+        anchor_every=2,
+        kl_switch=1,
+        frames=5,
+        height=64,
+        width=64,
+        compute_dtype="float32",
+        eval_height=64,
+        eval_width=96,
+        eval_steps=4,
+        eval_every=2,
+        checkpoint_every=2,
+    ),
+    "paper": PAPER,
+    "release": PAPER | dict(  # what the released script runs, where that differs from the paper's text
+        batch_size=2,
+        optimizer="muon",
+        weight_decay=0.01,
+        kl_schedule="ramp",
+        kl_switch=3,  # a fork's ramp takes 100 backward passes, 2.5 iterations of the script's 40
+        anchor_offload=True,
+    ),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def parse(arguments):
+    """(config, options) from the command line. Unknown options, and those that a resumed run cannot take, are refused."""
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    try:
+        return resolve(options), options
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
+def command_line():
+    """The parser: what to do, then every field of Config, in groups."""
+    parser = argparse.ArgumentParser(
+        usage=USAGE,
+        description="Train a video flow model with SAGE-GRPO. Without options: the toy, on a laptop, in about two minutes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from [default: toy]")
+    parser.add_argument("--resume", metavar="RUN", help="run folder to continue; takes --iterations or --export, nothing else")
+    parser.add_argument("--export", metavar="DIR", help="with --resume: write the newest checkpoint for diffusers, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, and stop")
+    parser.add_argument("--gpus", type=int, help="dry run: GPUs to plan for [default: this launch's; video models without one: 8]")
+    parser.add_argument("--gpu_memory_gb", type=float, help="dry run: memory of one GPU in GiB; refuses what cannot fit")
+    groups = {name: parser.add_argument_group(name) for name in (METHOD, OPTIMIZATION, RUN, VIDEO, EVALUATION)}
+    for field in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        if field.metadata["choices"]:
+            kind["choices"] = field.metadata["choices"]
+        group = groups[field.metadata["group"]]
+        group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help_line(field), **kind)
+    return parser
+
+
+def help_line(field):
+    """What a setting is, its default, and the presets that set it otherwise."""
+    values = [f"default {field.default!r}"]
+    for preset, settings in PRESETS.items():
+        if field.name in settings:
+            values.append(f"{preset} {settings[field.name]!r}")
+    text = field.metadata["help"].replace("%", "%%")  # argparse fills in %-formats
+    return f"{text} ({'; '.join(values)})"
+
+
+def resolve(options):
+    """The Config of a command line, checked; ValueError or FileNotFoundError says what cannot be."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    given = {name: value for name, value in vars(options).items() if name in names}
+    if options.resume:
+        config = resumed_config(options, given, names)
+    else:
+        config = preset_config(options.preset or TOY, given)
+    if (options.gpus or options.gpu_memory_gb) and not options.dry_run:
+        raise ValueError("--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run")
+    if options.export:  # which any number of ranks can do
+        if not options.resume or config.model == TOY:
+            raise ValueError("--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo: got none")
+        return config
+    config.check(planned_ranks(config, options))
+    if not options.dry_run:
+        config.check_rewards()
+    return config
+
+
+def resumed_config(options, given, names):
+    """The settings of a run that goes on: its own, but for the number of iterations."""
+    refused = sorted(given.keys() - {"iterations"})
+    if options.preset:
+        refused.append("preset")
+    if refused:
+        raise ValueError(f"--resume keeps a run's own settings; only --iterations may change: got {', '.join(refused)}")
+    config = Config(**checkpoint.read_settings(options.resume, names) | given)
+    done = checkpoint.last_iteration(options.resume)
+    if config.iterations < done:
+        raise ValueError(
+            f"iterations must be at least those that the run has made: got {config.iterations}, it has made {done}"
+        )
+    return config
+
+
+def preset_config(preset, given):
+    """A preset with the command line's own settings over it."""
+    foreign = []
+    if preset in (TOY, TINY) and "model" in given:
+        foreign.append("model")
+    if preset == TOY:
+        foreign += sorted(field.name for field in dataclasses.fields(Config) if field.metadata["video"] and field.name in given)
+    if foreign:
+        raise ValueError(f"the {preset} preset does not read {', '.join(foreign)}; use --preset paper, or leave it out")
+    return Config(**PRESETS[preset] | given)
+
+
+def planned_ranks(config, options):
+    """The ranks of this launch: torchrun's, or else the GPUs that train.launch_on_all_gpus will take.
+
+    A dry run may state them; where it does not, and the machine has no GPU, a video model is planned for 8.
+    """
+    if options.gpus:
+        return options.gpus
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if config.model == TOY:
+        return 1
+    if torch.cuda.device_count():
+        return torch.cuda.device_count()
+    return 8 if options.dry_run and config.model != TINY else 1
+
+
+# ------------------------------------------------------------------------------------------------ the plan of a run
+def arithmetic(config, ranks):
+    """What a run of these settings does, in numbers, before anything is spent."""
+    trained, samples = config.trained_steps(), config.batch_size * ranks
+    per_step = micro_batches_per_step(config.batch_size, trained, config)
+    micro_batches = per_step * config.optimizer_steps
+    guided = config.model != TOY and config.guidance_scale != 1
+    passes = config.batch_size * (2 if guided else 1)
+    doubled = ", doubled by guidance" if guided else ""
+    lines = [
+        f"samples per iteration    {samples} = {samples // config.group_size} prompts × {config.group_size}, on {ranks} rank(s)",
+        f"trained steps            {trained} of {config.num_steps}",
+        f"micro-batches            {micro_batches} = {config.batch_size} / {config.micro_batch} × {trained} per iteration and rank",
+        f"optimizer steps          {config.optimizer_steps} per iteration, of {per_step} micro-batches each;"
+        f" {config.optimizer_steps * config.iterations} in all, {config.optimizer}",
+        f"passes per rank          rollout {passes} × {config.num_steps}, update {passes} × {trained} with gradient;"
+        f" counted per sample{doubled}",
+    ]
+    w_pos, _ = kl_weights(config.kl_mode)
+    if w_pos:
+        lines.append("reference passes         one more without gradient each, unless the anchor is the rollout's policy")
+    if config.kl_mode in ("moving", "dual"):
+        often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one
+        lines.append(f"anchor refresh           every {config.anchor_every} optimizer steps = {often} iteration(s)")
+        if often == 1:  # Eq. 11 against the anchor is then Eq. 12
+            lines.append("                         so the anchor is always the rollout's policy: no position control;")
+            lines.append("                         raise anchor_every")
+    return "\n".join(lines)
+
+
+def print_memory(config, ranks, gpu_memory_gb):
+    """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
+    import hunyuan
+
+    tokens = hunyuan.token_count(config.frames, config.height, config.width)
+    eval_tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
+    parts = hunyuan.memory_estimate(
+        tokens, ranks, config.lora_rank, config.micro_batch, config.anchor_offload, muon=config.optimizer == "muon"
+    )
+    w_pos, _ = kl_weights(config.kl_mode)
+    if not w_pos:
+        parts["anchor"] = 0.0
+    parts["videoalign"] = 4 * 2.2e9 / 2**30  # Qwen2-VL-2B in float32
+    total, parameters = sum(parts.values()), hunyuan.meta_transformer().num_parameters()
+    print(f"tokens per video         {tokens:,} in training, {eval_tokens:,} in evaluation (latent frames × height/16 × width/16)")
+    print(f"parameters               {parameters:,}")
+    print("memory per GPU (GiB)     " + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()) + f" = {total:.1f}")
+    if gpu_memory_gb and total > gpu_memory_gb:
+        raise SystemExit(
+            f"the estimate must fit the GPU: got {total:.1f} GiB for {gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "
+            "--anchor_offload, --micro_batch 1, or fewer frames and pixels"
+        )
