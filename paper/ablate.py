@@ -1,20 +1,22 @@
 """The paper's ablations on the toy: which of its claims hold here, which do not, and how sure we are.
 
-    python -m paper.ablate --quick     a small grid, in about 10 minutes on two cores   -> runs/ablation/quick/results.json
-    python -m paper.ablate             all of it, in about 2 hours on two cores         -> results.json, figures/
+    python -m paper.ablate --quick     a small grid, in about 10 minutes on two cores  -> runs/ablation/quick/results.json
+    python -m paper.ablate             all of it, in about 1 hour on two cores         -> results.json, RESULTS.md, figures/
+    python -m paper.ablate --tables    the tables of RESULTS.md anew, from results.json
 
 Every run of the grid is one plain `python train.py` of the toy with some options changed, on one core, so each of its
 folders (runs/ablation/…) can be looked at like any other run. Ctrl-C stops; the same command goes on where it stopped.
+
+Settings that a comparison must not depend on (λ_KL of a KL mode, the learning rate of an optimizer) are tuned: each
+candidate runs on two seeds of its own, and the best by Overall enters the grid, which has five other seeds.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
 import shutil
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,68 +26,99 @@ import torch
 from tqdm import tqdm
 
 import train
-from sde import SDE_TYPES
+from config import PRESETS, Config
 from paper import claims, plots
 from toy import world
-from trust_region import KL_MODES
 
 # Half the preset's batch: the grid is about differences between settings, which show before the reward levels off.
-BASE = dict(batch_size=64, micro_batch=64, updates=40, kl_switch=20, eval_every=10)
-# Fig. 8: hot enough that a policy without a trust region leaves the manifold within the run.
-HOT = dict(learning_rate=4e-4, updates=80, kl_schedule="fixed")
-RIVALS = [sde_type for sde_type in SDE_TYPES if sde_type != "sage_grpo"]
+BASE = dict(batch_size=64, micro_batch=64, iterations=40, eval_every=10)
+LONG = dict(iterations=60)  # Fig. 8 is about what happens late
+SCHEDULE = dict(kl_lambda_early=1e-3, kl_switch=20)  # a hundredth of the final λ_KL, as in the paper; half the run
+SEEDS, TUNING_SEEDS = range(5), (5, 6)
+SAMPLERS = {"sage": "sage_grpo", "flow": "flow_grpo", "dance": "dance_grpo", "cps": "cps", "exact": "exact"}
 
 
 def config(settings, seed=0):
     """The toy's preset, then BASE, then a row's own settings."""
-    return train.Config(**train.PRESETS["toy"] | BASE | {"seed": seed} | settings)
+    return Config(**PRESETS["toy"] | BASE | {"seed": seed} | settings)
 
 
-def matched_eta(sde_type):
+def matched_eta(sampler):
     """The η at which a sampler injects as much variance over the trained steps as SAGE does at its η, by bisection."""
 
-    def injected(eta, sde_type=sde_type):
-        return config(dict(sde_type=sde_type, eta=eta)).sde().variance.sum().item()
+    def injected(settings):
+        return config(settings).sde().variance.sum().item()
 
-    target, low, high = injected(config({}).eta, "sage_grpo"), 0.0, 1.0 if sde_type == "cps" else 4.0
-    if injected(high) < target:
-        raise ValueError(f"{sde_type} cannot inject a variance of {target:.3f} at any η up to {high}: got {injected(high):.3f}")
+    target = injected({})
+    low, high = 0.0, 1.0 if sampler == "cps" else 4.0
+    if injected(dict(sde_type=SAMPLERS[sampler], eta=high)) < target:
+        raise ValueError(f"{sampler} cannot inject a variance of {target:.3f} at any η up to {high}")
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if injected(middle) < target else (low, middle)
+        if injected(dict(sde_type=SAMPLERS[sampler], eta=middle)) < target:
+            low = middle
+        else:
+            high = middle
     return round(high, 4)
 
 
-def grid():
-    """{label: settings} of all rows. A row that two figures share is run once."""
-    rows = [
-        # Table 2: sampler × KL × reward setting. The dual rows of setting A are Fig. 5's with the equalizer.
-        dict(sde_type=sde_type, kl_mode=mode, reward_setting=setting)
-        for setting in "AB"
-        for mode in ("dual", "none", "fixed")
-        for sde_type in SDE_TYPES
-    ]
-    rows += [dict(sde_type=sde_type, equalizer=False) for sde_type in SDE_TYPES]  # Fig. 5
-    rows += [dict(kl_schedule=schedule) for schedule in ("fixed", "milder")]  # Fig. 7; two_stage is the base row
-    rows += [dict(kl_mode=mode, **HOT) for mode in KL_MODES]  # Fig. 8
-    rows += [dict(sde_type=sde_type, eta=matched_eta(sde_type)) for sde_type in RIVALS]  # the same injected variance
-    rows += [dict(sde_type=sde_type, noisy_last_step=True) for sde_type in ("sage_grpo", "flow_grpo", "dance_grpo")]
-    rows += [dict(kl_velocity="rollout_phase")]
-    # Again where it has more to do: a step-wise term that weighs as much as the policy's.
-    rows += [dict(kl_mode="stepwise", kl_lambda=0.3, kl_velocity=form, **HOT) for form in ("closed_form", "rollout_phase")]
-    return {label(row): row for row in rows}
+# ---------------------------------------------------------------------------------------------- the grid
+def recipe(steps):
+    """The toy's recipe with another number of optimizer steps per iteration; the anchor moves every ten iterations."""
+    return dict(optimizer_steps=steps, anchor_every=10 * steps, learning_rate={1: 6e-4, 3: 4e-4, 9: 2e-4}[steps])
 
 
-def label(settings):
-    """The options by which a row differs from the base row; also the name of its run folder."""
-    base = asdict(config({}))
-    return ",".join(f"{name}={value}" for name, value in settings.items() if base[name] != value) or "base"
+def candidates():
+    """{row: list of settings to choose from}: the rows whose settings are tuned."""
+    rows = {}
+    lambdas = {
+        "fixed": (0.003, 0.01, 0.03, 0.1),
+        "stepwise": (0.03, 0.1, 0.3, 1.0),
+        "moving": (0.01, 0.03, 0.1, 0.3),
+        "dual": (0.01, 0.03, 0.1, 0.3),
+    }
+    for steps in (1, 9):
+        for mode, values in lambdas.items():
+            common = dict(kl_mode=mode, **recipe(steps), **LONG)
+            rows[f"kl,{steps},{mode}"] = [common | dict(kl_lambda=value) for value in values]
+    rates = {1: (3e-4, 6e-4, 1.2e-3), 3: (2e-4, 4e-4, 8e-4), 9: (1e-4, 2e-4, 4e-4)}
+    for steps, values in rates.items():
+        rows[f"steps,{steps}"] = [recipe(steps) | dict(learning_rate=rate) for rate in values]
+    rows["muon"] = [dict(optimizer="muon", learning_rate=rate) for rate in (3e-4, 6e-4, 1.2e-3, 2.4e-3)]
+    return rows
 
 
-def needed(chosen):
-    """The rows of the grid that some claims compare."""
-    labels = {label for claim in chosen for pair in claim.pairs for label in pair}
-    return {name: settings for name, settings in grid().items() if name in labels}
+def grid(best):
+    """{row: settings} of all rows. best: {row: settings} of the tuned ones, which are part of it."""
+    rows = dict(best)
+    # Table 2: sampler × KL × reward setting. A fixed anchor has the λ_KL that suits it best; our exact has one row.
+    modes = {"none": dict(kl_mode="none"), "fixed": dict(kl_mode="fixed", kl_lambda=best["kl,1,fixed"]["kl_lambda"]), "dual": {}}
+    for sampler in SAMPLERS:
+        for setting in "AB":
+            for mode, settings in modes.items():
+                if sampler != "exact" or (mode, setting) == ("dual", "A"):
+                    rows[f"{sampler},{mode},{setting}"] = dict(sde_type=SAMPLERS[sampler], reward_setting=setting) | settings
+    for sampler, sde_type in SAMPLERS.items():
+        rows[f"{sampler},equalizer off"] = dict(sde_type=sde_type, equalizer=False)  # Fig. 5
+    for sampler in ("flow", "dance", "cps", "exact"):
+        rows[f"{sampler},equal variance"] = dict(sde_type=SAMPLERS[sampler], eta=matched_eta(sampler))
+    for sampler in ("sage", "flow", "dance"):
+        rows[f"{sampler},noisy last step"] = dict(sde_type=SAMPLERS[sampler], noisy_last_step=True)
+    for schedule in ("two_stage", "ramp", "milder"):
+        rows[f"schedule,{schedule}"] = dict(kl_schedule=schedule, **SCHEDULE)  # Fig. 7
+    for steps in (1, 9):
+        rows[f"kl,{steps},none"] = dict(kl_mode="none", **recipe(steps), **LONG)  # Fig. 8
+    for steps in (1, 3, 9):
+        rows[f"steps,{steps},moving"] = best[f"steps,{steps}"] | dict(kl_mode="moving")
+    for mode in ("stepwise", "dual"):
+        rows[f"kl,9,{mode},closed form"] = best[f"kl,9,{mode}"] | dict(stepwise_kl="closed_form")
+    return rows
+
+
+def needed(rows, chosen):
+    """The rows that some claims compare."""
+    names = {name for claim in chosen for pair in claim.pairs for name in pair}
+    return {name: settings for name, settings in rows.items() if name in names}
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -96,9 +129,13 @@ def is_done(run, settings):
     found = json.loads((run / "config.json").read_text())
     wanted = asdict(settings)
     places = {"runs", "prompts", "eval_prompts"}  # where things lie; the toy's prompts are not in files
-    if differing := sorted(name for name in wanted.keys() - places if found.get(name) != wanted[name]):
+    differing = sorted(name for name in wanted.keys() - places if found.get(name) != wanted[name])
+    if differing:
         raise ValueError(f"{run} must have the grid's settings: its {', '.join(differing)} differ; delete the folder")
-    return (run / "samples_after.npy").exists() and read_log(run)[-1]["update"] == settings.updates
+    if not (run / "metrics.jsonl").exists():
+        return False
+    last = read_log(run)[-1]
+    return last["iteration"] == settings.iterations and "eval_reward" in last
 
 
 def read_log(run):
@@ -108,19 +145,28 @@ def read_log(run):
 def run_one(job):
     """Train one row on one seed, or go on with it; what it prints goes to a .txt beside the run folder."""
     run, settings = job
-    if (run / "checkpoints").exists() and any((run / "checkpoints").glob("update-*")):
+    if any(run.glob("checkpoints/iteration-*")):
         arguments = ["--resume", str(run)]
     else:
         shutil.rmtree(run, ignore_errors=True)  # stopped before its first checkpoint
-        preset = asdict(train.Config(**train.PRESETS["toy"]))
-        changed = {name: value for name, value in asdict(settings).items() if value != preset[name]}
-        flags = {True: "--{}", False: "--no-{}"}
-        arguments = [flags[v].format(k) if type(v) is bool else f"--{k}={v}" for k, v in changed.items()]
+        arguments = as_options(settings)
     run.parent.mkdir(parents=True, exist_ok=True)
     with open(run.parent / f"{run.name}.txt", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         train.main(arguments)
-    if not is_done(run, settings):  # Ctrl-C reached this process, too: train.py has saved a checkpoint
-        raise KeyboardInterrupt
+
+
+def as_options(settings):
+    """The command line of a Config: the options by which it differs from the toy's preset."""
+    preset = asdict(Config(**PRESETS["toy"]))
+    arguments = []
+    for name, value in asdict(settings).items():
+        if value == preset[name]:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments
 
 
 def run_all(folder, rows, seeds, shorten):
@@ -129,48 +175,78 @@ def run_all(folder, rows, seeds, shorten):
     for seed in seeds:
         for name, settings in rows.items():
             run = folder / f"seed-{seed}" / name
-            settings = config(settings | {"name": name, "runs": str(run.parent)}, seed)
-            shorten(settings)
+            settings = shorten(config(settings | {"name": name, "runs": str(run.parent)}, seed))
             settings.check(ranks=1)
             if not is_done(run, settings):
                 jobs.append((run, settings))
-    missing, total = len(jobs), len(rows) * len(seeds)
-    print(f"{len(rows)} rows × {len(seeds)} seeds in {folder}: {total - missing} done, {missing} to run")
-    jobs, running, spawn = iter(jobs), set(), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool, tqdm(total=missing, unit="run") as bar:
-        while True:  # one job a process at a time, so that none waits in a queue when the grid is stopped
-            running |= {pool.submit(run_one, job) for job in itertools.islice(jobs, os.cpu_count() - len(running))}
-            if not running:
-                break
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                future.result()  # raises what the run raised
-                bar.update()
+    total = len(rows) * len(list(seeds))
+    print(f"{len(rows)} rows × {len(list(seeds))} seeds in {folder}: {total - len(jobs)} done, {len(jobs)} to run")
+    spawn = multiprocessing.get_context("spawn")
+    # On Ctrl-C the pool ends its processes; each run has its own checkpoints to go on from.
+    with spawn.Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+        for _ in tqdm(pool.imap_unordered(run_one, jobs), total=len(jobs), unit="run"):
+            pass
+
+
+def whole(settings):
+    return settings
+
+
+def shortened(settings):
+    """A run of the quick grid: 3/8 of the iterations."""
+    settings.iterations = settings.iterations * 3 // 8
+    settings.kl_switch = settings.kl_switch * 3 // 8
+    settings.eval_every = 5
+    return settings
+
+
+def tune(folder):
+    """Run all candidates. Returns ({row: settings of the best}, {row: [{settings, Overall: [one per tuning seed]}]})."""
+    rows = {f"{name},{number}": settings for name, choice in candidates().items() for number, settings in enumerate(choice)}
+    run_all(folder, rows, TUNING_SEEDS, whole)
+    best, tried = {}, {}
+    for name, choice in candidates().items():
+        tried[name] = []
+        for number, settings in enumerate(choice):
+            runs = [folder / f"seed-{seed}" / f"{name},{number}" for seed in TUNING_SEEDS]
+            tried[name].append({"settings": settings, "Overall": [round(overall(read_log(run)[-1]), 6) for run in runs]})
+        best[name] = max(tried[name], key=lambda entry: np.mean(entry["Overall"]))["settings"]
+    return best, tried
 
 
 # ---------------------------------------------------------------------------------------------- results
+def overall(line):
+    """VQ + MQ + TA of an evaluation."""
+    return line["eval_VQ"] + line["eval_MQ"] + line["eval_TA"]
+
+
 def summarise(run, noises):
     """The numbers of one finished run. Final ones are of ODE sampling on fixed prompts and noise."""
     log = read_log(run)
     evaluations = [line for line in log if "eval_reward" in line]
     last, first_rollout = evaluations[-1], log[1]
     numbers = {name: last[f"eval_{name}"] for name in ("reward", "VQ", "MQ", "TA", "distance")}
-    overall = [line["eval_VQ"] + line["eval_MQ"] + line["eval_TA"] for line in evaluations]
-    numbers["Overall"] = overall[-1]
-    numbers["fall"] = max(overall) - overall[-1]  # from the best evaluation to the last
-    numbers["late_gain"] = overall[-1] - overall[-2]  # over the last ten updates
+    scores = [overall(line) for line in evaluations]
+    numbers["Overall"] = scores[-1]
+    numbers["fall"] = max(scores) - scores[-1]  # from the best evaluation to the last
+    numbers["late_gain"] = scores[-1] - scores[-2]  # over the last ten iterations
+    numbers["late_std"] = float(np.mean([line["group_std"] for line in log[-10:]]))  # exploration at the end
     numbers["rollout_distance"] = first_rollout["distance_mean"]  # of the first rollouts: the sampler alone
     before, after = (torch.from_numpy(np.load(run / f"samples_{when}.npy")) for when in ("before", "after"))
     numbers["drift"] = (world.from_uint8(after) - world.from_uint8(before)).square().mean().sqrt().item()
-    for when, videos in (("_before", before), ("", after)):
-        middle = world.measure(videos)["middle"].unflatten(0, (-1, noises))  # [prompts, noises, 2] pixels
-        numbers["diversity" + when] = middle.var(1).mean().sqrt().item()
-    numbers["diversity_lost"] = numbers.pop("diversity_before") - numbers["diversity"]
+    numbers["diversity"] = diversity(after, noises)
+    numbers["diversity_lost"] = diversity(before, noises) - numbers["diversity"]
     return {name: round(value, 6) for name, value in numbers.items()}
 
 
+def diversity(videos, noises):
+    """Spread in pixels of the middle of a blob's path over the noises of one prompt, root mean square over prompts."""
+    middle = world.measure(videos)["middle"].unflatten(0, (-1, noises))  # [prompts, noises, 2]
+    return middle.var(1).mean().sqrt().item()
+
+
 def collect_results(folder, rows, seeds, chosen):
-    """{rows: {label: {settings, {number: [one per seed]}}}, claims: […]}, all that README and pictures quote."""
+    """{seeds, rows: {name: {settings, {number: [one per seed]}}}, claims: […]}: all that RESULTS.md and pictures quote."""
     table = {}
     for name, settings in rows.items():
         runs = [summarise(folder / f"seed-{seed}" / name, config(settings).eval_noises) for seed in seeds]
@@ -178,42 +254,71 @@ def collect_results(folder, rows, seeds, chosen):
     return {"seeds": list(seeds), "rows": table, "claims": claims.judge(table, chosen)}
 
 
+def write_results(path, results):
+    """JSON with one line for each row, claim and candidate, so that a change can be read in a diff."""
+    parts = []
+    for name, value in results.items():
+        if isinstance(value, dict):
+            lines = [f"  {json.dumps(key)}: {json.dumps(entry, ensure_ascii=False)}" for key, entry in value.items()]
+            parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+        elif value and isinstance(value[0], dict):
+            lines = [f"  {json.dumps(entry, ensure_ascii=False)}" for entry in value]
+            parts.append(f"{json.dumps(name)}: [\n" + ",\n".join(lines) + "\n ]")
+        else:
+            parts.append(f"{json.dumps(name)}: {json.dumps(value)}")
+    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n")
+
+
+def read_results():
+    """The shipped results of the full grid."""
+    path = Path("results.json")
+    if not path.is_file():
+        raise SystemExit("results.json must be there: run the full grid first, python -m paper.ablate")
+    return json.loads(path.read_text())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rows, seeds and updates")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, 2 seeds, fewer iterations; tuned settings as shipped")
+    parser.add_argument("--tables", action="store_true", help="run nothing: the tables of RESULTS.md from results.json")
     parser.add_argument("--runs", default="runs/ablation", help="folder of the runs (default runs/ablation)")
-    parser.add_argument("--seeds", type=int, default=0, help="number of seeds (default 5; quick: 2)")
     options = parser.parse_args()
-    if options.seeds and options.seeds - 1 not in claims.STUDENT:
-        parser.error(f"an interval needs 2 to 10 seeds: got --seeds {options.seeds}")
-    folder = Path(options.runs) / ("quick" if options.quick else "full")
-    chosen = [claim for claim in claims.CLAIMS if claim.quick or not options.quick]
-    rows, seeds = (needed(chosen), range(options.seeds or 2)) if options.quick else (grid(), range(options.seeds or 5))
-
-    def shorten(settings):
-        if options.quick:
-            settings.updates, settings.kl_switch = settings.updates * 3 // 8, settings.kl_switch * 3 // 8
-
     try:
-        run_all(folder, rows, seeds, shorten)
+        if options.tables:
+            claims.write_tables(read_results(), Path("RESULTS.md"))
+        elif options.quick:
+            quick_grid(Path(options.runs) / "quick")
+        else:
+            full_grid(Path(options.runs))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from the last checkpoints") from None
-    results = collect_results(folder, rows, seeds, chosen)
-    path = folder / "results.json" if options.quick else Path("results.json")
-    if path.exists() and "removed" in (before := json.loads(path.read_text())):
-        results["removed"] = before["removed"]  # measured with a version that still had those options
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-    for kind in (claims.PAPER, claims.OURS):
-        print("\n" + claims.markdown(results["claims"], kind))
-    if options.quick and Path("results.json").exists():
-        full = json.loads(Path("results.json").read_text())["claims"]
-        for words, grids in ("quick", (results["claims"], full)), ("full", (full, results["claims"])):
-            same, differ = claims.agreement(*grids)
-            print(f"\nof the claims that the {words} grid decides, {len(same)} have one sign in both grids, not: {differ}")
-    if not options.quick:
-        print("\n" + claims.table_2(results))
-        plots.ablation_pictures(partial(log_of, folder, seeds), results, Path("figures"))
-    print(f"wrote {path}" + ("" if options.quick else " and figures/"))
+
+
+def full_grid(runs):
+    best, tried = tune(runs / "tuning")
+    rows = grid(best)
+    run_all(runs / "full", rows, SEEDS, whole)
+    results = collect_results(runs / "full", rows, SEEDS, claims.CLAIMS)
+    results["tuning"] = tried
+    if Path("results.json").exists():  # what was measured with versions that still had those options
+        results["removed"] = read_results()["removed"]
+    write_results(Path("results.json"), results)
+    claims.write_tables(results, Path("RESULTS.md"))
+    plots.ablation_pictures(partial(log_of, runs / "full", SEEDS), results, Path("figures"))
+    print("wrote results.json, the tables of RESULTS.md and figures/")
+
+
+def quick_grid(folder):
+    shipped = read_results()
+    chosen = [claim for claim in claims.CLAIMS if claim.quick]
+    rows = needed({name: row["settings"] for name, row in shipped["rows"].items()}, chosen)
+    run_all(folder, rows, range(2), shortened)
+    results = collect_results(folder, rows, range(2), chosen)
+    write_results(folder / "results.json", results)
+    print(claims.markdown(results["claims"]))
+    for words, deciding, other in (("quick", results, shipped), ("full", shipped, results)):
+        same, differ = claims.agreement(deciding["claims"], other["claims"])
+        print(f"\nof the claims that the {words} grid decides, {len(same)} have one sign in both grids, not: {differ}")
 
 
 def log_of(folder, seeds, row):

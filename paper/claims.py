@@ -5,20 +5,14 @@ over the seeds. A claim `holds` where the interval lies on the claimed side of 0
 side, and else `cannot be seen`. There are many claims: where the truth is 0, one in twenty is called wrongly by chance.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 # Half widths of Student's 95% interval in standard errors, by degrees of freedom; any table of the t distribution.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-SAMPLERS = {"SAGE": "", "FlowGRPO": "flow_grpo", "DanceGRPO": "dance_grpo", "CPS": "cps", "exact": "exact"}
-HOT = "learning_rate=0.0004,updates=80,kl_schedule=fixed"
-
-
-def row(sampler="SAGE", *options):
-    """The label of a row, as paper.ablate makes it."""
-    sde = [f"sde_type={SAMPLERS[sampler]}"] if SAMPLERS[sampler] else []
-    return ",".join([*sde, *options]) or "base"
+NAMES = {"sage": "SAGE", "flow": "FlowGRPO", "dance": "DanceGRPO", "cps": "CPS", "exact": "exact"}
 
 
 @dataclass(frozen=True)
@@ -27,76 +21,177 @@ class Claim:
 
     source: str
     text: str
-    pairs: tuple  # of (label, label)
+    pairs: tuple  # of (row, row); of (row, None) for a number that is a difference itself
     number: str = "Overall"  # a key of paper.ablate.summarise
     sign: int = 1
     quick: bool = True  # whether the quick grid runs its rows
 
 
-def _claims():
-    in_both = [(), ("reward_setting=B",)]
-    for rival in ("DanceGRPO", "FlowGRPO", "CPS"):
-        pairs = tuple((row("SAGE", *setting), row(rival, *setting)) for setting in in_both)
-        yield Claim("Table 2", f"SAGE ends above {rival} (dual KL, settings A and B, equal η)", pairs)
-    for rival, eta in (("DanceGRPO", 1.3559), ("FlowGRPO", 0.4993), ("CPS", 0.3016)):
-        pairs = ((row(), row(rival, f"eta={eta}")),)
-        yield Claim("Table 2", f"SAGE ends above {rival} at η = {eta:.2f}, where that injects SAGE's total variance", pairs)
-    for rival in ("DanceGRPO", "FlowGRPO"):
-        for option, words in ((), "deterministic"), (("noisy_last_step=True",), "noisy"):
-            text = f"SAGE's first rollouts lie nearer to the manifold than {rival}'s ({words} last step)"
-            yield Claim("Fig. 1, 3", text, ((row("SAGE", *option), row(rival, *option)),), "rollout_distance", -1)
-    for sampler in SAMPLERS:
-        text = f"{sampler} ends higher with the equalizer than without"
-        yield Claim("Fig. 5", text, ((row(sampler), row(sampler, "equalizer=False")),))
-    pairs = tuple((row(sampler, "equalizer=False"), row(sampler)) for sampler in SAMPLERS)
-    text = "without the equalizer curves level off: they gain less over the last 10 updates (five samplers)"
-    yield Claim("Fig. 5", text, pairs, "late_gain", -1, quick=False)
-    yield Claim("Fig. 7", "two-stage λ_KL ends above fixed λ_KL", ((row(), "kl_schedule=fixed"),))
-    yield Claim("Fig. 7", "two-stage λ_KL ends above the milder one", ((row(), "kl_schedule=milder"),))
+def in_both_settings(a, b):
+    """The pair of two rows of Table 2 in the reward settings A and B."""
+    return ((f"{a},A", f"{b},A"), (f"{a},B", f"{b},B"))
+
+
+def with_and_without_equalizer(sampler):
+    return (f"{sampler},dual,A", f"{sampler},equalizer off")
+
+
+STEPS = {1: "one optimizer step", 9: "nine optimizer steps"}
+
+TABLE_2 = [
+    Claim("Table 2", "SAGE ends above DanceGRPO (dual KL, settings A and B, equal η)", in_both_settings("sage,dual", "dance,dual")),
+    Claim("Table 2", "SAGE ends above FlowGRPO (dual KL, settings A and B, equal η)", in_both_settings("sage,dual", "flow,dual")),
+    Claim("Table 2", "SAGE ends above CPS (dual KL, settings A and B, equal η)", in_both_settings("sage,dual", "cps,dual")),
+    Claim("Table 2", "SAGE ends above DanceGRPO where that injects SAGE's total variance", (("sage,dual,A", "dance,equal variance"),)),
+    Claim("Table 2", "SAGE ends above FlowGRPO where that injects SAGE's total variance", (("sage,dual,A", "flow,equal variance"),)),
+    Claim("Table 2", "SAGE ends above CPS where that injects SAGE's total variance", (("sage,dual,A", "cps,equal variance"),)),
+    Claim(
+        "Table 2",
+        "dual KL ends above none (four samplers, settings A and B)",
+        tuple((f"{s},dual,{setting}", f"{s},none,{setting}") for s in ("sage", "flow", "dance", "cps") for setting in "AB"),
+        quick=False,
+    ),
+    Claim(
+        "Table 2",
+        "dual KL ends above fixed (four samplers, settings A and B)",
+        tuple((f"{s},dual,{setting}", f"{s},fixed,{setting}") for s in ("sage", "flow", "dance", "cps") for setting in "AB"),
+        quick=False,
+    ),
+    Claim(
+        "Table 2",
+        "setting B ends with a higher TA than setting A (four samplers)",
+        tuple((f"{s},dual,B", f"{s},dual,A") for s in ("sage", "flow", "dance", "cps")),
+        "TA",
+        quick=False,
+    ),
+]
+FIGURE_1_3 = [
+    Claim(
+        "Fig. 1, 3",
+        f"SAGE's first rollouts lie nearer to the manifold than {NAMES[rival]}'s ({words} last step)",
+        ((f"sage,{row}", f"{rival},{row}"),),
+        "rollout_distance",
+        -1,
+    )
+    for rival in ("dance", "flow")
+    for words, row in (("deterministic", "dual,A"), ("noisy", "noisy last step"))
+]
+FIGURE_5 = [
+    Claim("Fig. 5", f"{NAMES[sampler]} ends higher with the equalizer than without", (with_and_without_equalizer(sampler),))
+    for sampler in NAMES
+] + [
+    Claim(
+        "Fig. 5",
+        "without the equalizer curves level off: they gain less over the last 10 iterations (five samplers)",
+        tuple(with_and_without_equalizer(sampler) for sampler in NAMES),
+        "late_gain",
+        quick=False,
+    ),
+]
+FIGURE_7 = [
+    Claim("Fig. 7", "two-stage λ_KL ends above fixed λ_KL", (("schedule,two_stage", "sage,dual,A"),)),
+    Claim("Fig. 7", "two-stage λ_KL ends above the milder one", (("schedule,two_stage", "schedule,milder"),)),
+    Claim("Fig. 7", "two-stage λ_KL ends above a linear ramp", (("schedule,two_stage", "schedule,ramp"),)),
+]
+
+
+def figure_8(steps):
+    """The claims on KL modes, each mode at its best λ_KL, in one recipe."""
+    words = STEPS[steps]
+    quick = steps == 1
+    dual = f"kl,{steps},dual"
+    claims = []
     for mode in ("none", "fixed", "stepwise", "moving"):
-        yield Claim("Fig. 8", f"hot: dual KL ends above {mode}", ((HOT, f"kl_mode={mode},{HOT}"),))
-    for mode, words in (
-        ("none", "without KL"),
-        ("stepwise", "with step-wise KL alone"),
-        ("moving", "with moving KL alone"),
-    ):
-        text = f"hot: {words} the reward falls further from its best than with dual KL"
-        yield Claim("Fig. 8", text, ((f"kl_mode={mode},{HOT}", HOT),), "fall")
-    yield Claim("Fig. 8", "hot: without KL the samples drift further than with dual KL", ((f"kl_mode=none,{HOT}", HOT),), "drift")
-    text = "hot: without KL the trained samples lie further from the manifold than with dual KL"
-    yield Claim("Fig. 8", text, ((f"kl_mode=none,{HOT}", HOT),), "distance")
-    yield Claim("Fig. 8", "hot: fixed KL drifts less than dual KL", ((f"kl_mode=fixed,{HOT}", HOT),), "drift", -1)
-    for mode in ("none", "fixed"):
-        pairs = tuple((row(s, *b), row(s, f"kl_mode={mode}", *b)) for s in SAMPLERS for b in in_both)
-        yield Claim("Table 2", f"dual KL ends above {mode} (five samplers, settings A and B)", pairs, quick=False)
-    pairs = tuple((row(sampler, "reward_setting=B"), row(sampler)) for sampler in SAMPLERS)
-    yield Claim("Table 2", "setting B ends with a higher TA than setting A (five samplers)", pairs, "TA", quick=False)
+        claims.append(Claim("Fig. 8", f"{words}: dual KL ends above {mode}", ((dual, f"kl,{steps},{mode}"),), quick=quick))
+    for mode in ("none", "stepwise", "moving"):
+        text = f"{words}: with KL {mode} the reward falls further from its best than with dual KL"
+        claims.append(Claim("Fig. 8", text, ((f"kl,{steps},{mode}", dual),), "fall", quick=quick))
+    pair = ((f"kl,{steps},none", dual),)
+    claims += [
+        Claim("Fig. 8", f"{words}: without KL the samples drift further than with dual KL", pair, "drift", quick=quick),
+        Claim("Fig. 8", f"{words}: without KL the trained samples lie further from the manifold", pair, "distance", quick=quick),
+        Claim(
+            "Fig. 8",
+            f"{words}: moving KL alone explores less at the end than dual KL (std within groups)",
+            ((f"kl,{steps},moving", dual),),
+            "late_std",
+            -1,
+            quick=quick,
+        ),
+    ]
+    return claims
 
 
-def _ours():
-    last = tuple((row(s), row(s, "noisy_last_step=True")) for s in ("SAGE", "FlowGRPO", "DanceGRPO"))
-    yield Claim("RL", "training costs diversity", ((row(), None),), "diversity_lost")
-    yield Claim("exact", "the exact step ends above SAGE (equal η)", ((row("exact"), row()),))
-    yield Claim("exact", "the exact step ends above SAGE at η = 0.30, where it injects SAGE's total variance", ((row("exact", "eta=0.3019"), row()),))
-    yield Claim("exact", "its first rollouts lie nearer to the manifold than SAGE's", ((row("exact"), row()),), "rollout_distance", -1)
-    yield Claim("exact", "its trained samples lie nearer to the manifold than SAGE's", ((row("exact"), row()),), "distance", -1)
-    yield Claim("last step", "a deterministic last step ends above a noisy one (SAGE, flow, dance)", last)
-    yield Claim("last step", "with it, the trained samples lie nearer to the manifold", last, "distance", -1)
-    strong = f"kl_mode=stepwise,kl_lambda=0.3,{HOT}", f"kl_mode=stepwise,kl_lambda=0.3,kl_velocity=rollout_phase,{HOT}"
-    yield Claim("KL form", "the closed form ends above the rollout-phase estimate", ((row(), "kl_velocity=rollout_phase"),))
-    yield Claim("KL form", "hot, step-wise KL alone, λ_KL = 0.3: the closed form ends above", (strong,), quick=False)
-    yield Claim("KL form", "with it, the samples lie nearer to the manifold", (strong,), "distance", -1, quick=False)
+FIGURE_8 = figure_8(1) + figure_8(9)
+PAPER = TABLE_2 + FIGURE_1_3 + FIGURE_5 + FIGURE_7 + FIGURE_8
 
-
-PAPER, OURS = list(_claims()), list(_ours())
+LAST_STEP = tuple((f"{s},dual,A", f"{s},noisy last step") for s in ("sage", "flow", "dance"))
+RECIPE = [
+    Claim("steps", "one optimizer step per iteration ends above three, at equal rollouts", (("steps,1", "steps,3"),), quick=False),
+    Claim("steps", "one optimizer step per iteration ends above nine, at equal rollouts", (("steps,1", "steps,9"),), quick=False),
+    Claim("dual", "one optimizer step: dual KL ends above moving", (("steps,1", "steps,1,moving"),), quick=False),
+    Claim("dual", "three optimizer steps: dual KL ends above moving", (("steps,3", "steps,3,moving"),), quick=False),
+    Claim("dual", "nine optimizer steps: dual KL ends above moving", (("steps,9", "steps,9,moving"),), quick=False),
+    Claim("optimizer", "Muon ends above AdamW", (("muon", "steps,1"),), quick=False),
+    Claim("KL form", "nine steps, dual: the closed form ends above Eq. 15", (("kl,9,dual,closed form", "kl,9,dual"),), quick=False),
+    Claim(
+        "KL form",
+        "nine steps, step-wise alone: the closed form ends above Eq. 15",
+        (("kl,9,stepwise,closed form", "kl,9,stepwise"),),
+        quick=False,
+    ),
+]
+OURS = [
+    *RECIPE,
+    Claim("RL", "training costs diversity", (("sage,dual,A", None),), "diversity_lost"),
+    Claim("exact", "the exact step ends above SAGE (equal η)", (("exact,dual,A", "sage,dual,A"),)),
+    Claim("exact", "the exact step ends above SAGE where it injects SAGE's total variance", (("exact,equal variance", "sage,dual,A"),)),
+    Claim("exact", "its first rollouts lie nearer to the manifold than SAGE's", (("exact,dual,A", "sage,dual,A"),), "rollout_distance", -1),
+    Claim("exact", "its trained samples lie nearer to the manifold than SAGE's", (("exact,dual,A", "sage,dual,A"),), "distance", -1),
+    Claim("last step", "a deterministic last step ends above a noisy one (SAGE, flow, dance)", LAST_STEP),
+    Claim("last step", "with it, the trained samples lie nearer to the manifold", LAST_STEP, "distance", -1),
+]
 CLAIMS = PAPER + OURS
+
+# The paper's Table 2 (HunyuanVideo-1.5, VideoAlign): Overall, VQ, MQ, TA, CLIPScore, PickScore. The review that it was taken
+# from shifts the heads of these columns by one.
+PAPER_TABLE_2 = {
+    "before training": (0.0654, -0.7539, -0.5870, 1.4063, 0.5409, 0.7397),
+    "dance,none,A": (0.2768, -0.7589, -0.3852, 1.4209, 0.5386, 0.7378),
+    "dance,fixed,A": (0.0979, -0.8077, -0.5091, 1.4147, 0.5403, 0.7355),
+    "flow,none,A": (0.2733, -0.7151, -0.5286, 1.5170, 0.5443, 0.7394),
+    "flow,fixed,A": (0.1880, -0.6771, -0.5912, 1.4563, 0.5431, 0.7407),
+    "cps,none,A": (0.6343, -0.4855, -0.4021, 1.5219, 0.5479, 0.7412),
+    "cps,fixed,A": (0.0928, -0.7156, -0.5825, 1.3908, 0.5479, 0.7369),
+    "sage,none,A": (0.4859, -0.6104, -0.4141, 1.5104, 0.5423, 0.7360),
+    "sage,fixed,A": (0.2244, -0.7438, -0.5320, 1.5001, 0.5446, 0.7382),
+    "sage,dual,A": (0.2173, -0.7881, -0.4249, 1.4303, 0.5430, 0.7452),
+    "dance,none,B": (-0.2172, -0.8854, -0.6218, 1.2901, 0.5439, 0.7352),
+    "dance,fixed,B": (0.1290, -0.7739, -0.5083, 1.4112, 0.5452, 0.7276),
+    "flow,none,B": (0.4773, -0.5671, -0.4731, 1.5175, 0.5403, 0.7349),
+    "flow,fixed,B": (0.2103, -0.6654, -0.5506, 1.4263, 0.5427, 0.7408),
+    "cps,none,B": (0.3694, -0.6650, -0.5325, 1.5669, 0.5479, 0.7311),
+    "cps,fixed,B": (0.3705, -0.6121, -0.4787, 1.4613, 0.5458, 0.7364),
+    "sage,none,B": (-0.1222, -0.8720, -0.6046, 1.3544, 0.5404, 0.7357),
+    "sage,fixed,B": (0.2857, -0.7062, -0.4425, 1.4344, 0.5414, 0.7377),
+    "sage,dual,B": (0.8066, -0.4765, -0.2384, 1.5216, 0.5484, 0.7420),
+}
+
+
+def rank_correlation(results, setting):
+    """Spearman's ρ between the paper's Overall and the toy's, over the rows that both have in a reward setting."""
+    names = [name for name in PAPER_TABLE_2 if name.endswith(f",{setting}")]
+    paper = np.array([PAPER_TABLE_2[name][0] for name in names])
+    toy = np.array([np.mean(results["rows"][name]["Overall"]) for name in names])
+    return np.corrcoef(paper.argsort().argsort(), toy.argsort().argsort())[0, 1]
 
 
 def difference(claim, table):
     """The claimed difference for every seed, positive where the claim is right."""
-    per_pair = [
-        np.array(table[a][claim.number]) - (np.array(table[b][claim.number]) if b is not None else 0) for a, b in claim.pairs
-    ]
+    per_pair = []
+    for a, b in claim.pairs:
+        baseline = 0.0 if b is None else np.array(table[b][claim.number])
+        per_pair.append(np.array(table[a][claim.number]) - baseline)
     return claim.sign * np.mean(per_pair, axis=0)  # [seeds]
 
 
@@ -121,30 +216,92 @@ def judge(table, claims):
 
 def agreement(deciding, other):
     """Of the claims that one grid decides and the other has: those with the same sign in both, and those without."""
-    means = {c["text"]: c["mean"] for c in other}
-    decided = [c for c in deciding if c["verdict"] != "cannot be seen" and c["text"] in means]
-    signs = {c["text"]: c["mean"] * means[c["text"]] > 0 for c in decided}
-    return [text for text, same in signs.items() if same], [text for text, same in signs.items() if not same]
+    means = {entry["text"]: entry["mean"] for entry in other}
+    same, different = [], []
+    for entry in deciding:
+        text = entry["text"]
+        if entry["verdict"] != "cannot be seen" and text in means:
+            (same if entry["mean"] * means[text] > 0 else different).append(text)
+    return same, different
 
 
 def markdown(verdicts, claims=None):
-    """The README's table of verdicts, on some claims or on all. The difference is the number's own: first row − second."""
-    texts = {claim.text for claim in claims} if claims else {c["text"] for c in verdicts}
+    """A table of verdicts, of some claims or of all. The difference is the number's own: first row − second."""
+    texts = {claim.text for claim in claims} if claims else {entry["text"] for entry in verdicts}
     lines = ["| of | claim | number | difference ± 95% | on the toy |", "| --- | --- | --- | --- | --- |"]
-    for c in verdicts:
-        if c["text"] in texts:
-            lines.append(f"| {c['source']} | {c['text']} | {c['number']} | {c['mean']:+.3f} ± {c['half']:.3f} | {c['verdict']} |")
+    for entry in verdicts:
+        if entry["text"] in texts:
+            cells = (entry["source"], entry["text"], entry["number"], f"{entry['mean']:+.3f} ± {entry['half']:.3f}", entry["verdict"])
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def table_2(results):
-    """Table 2 on the toy: final ODE samples, mean over seeds, setting A / setting B."""
-    numbers = ("VQ", "MQ", "TA", "Overall", "distance", "diversity")
-    lines = ["| sampler | KL | " + " | ".join(numbers) + " |", "| --- " * (2 + len(numbers)) + "|"]
-    for sampler in SAMPLERS:
-        for mode in ("none", "fixed", "dual"):
-            kl = [] if mode == "dual" else [f"kl_mode={mode}"]
-            rows = [results["rows"][row(sampler, *kl, *setting)] for setting in ((), ("reward_setting=B",))]
-            cells = [" / ".join(f"{np.mean(r[number]):.3f}" for r in rows) for number in numbers]
-            lines.append(f"| {sampler} | {mode} | " + " | ".join(cells) + " |")
+    """Table 2 on the toy beside the paper's Overall. Final ODE samples, mean over seeds."""
+    numbers = ("Overall", "VQ", "MQ", "TA", "distance", "diversity")
+    lines = ["| setting | sampler | KL | " + " | ".join(numbers) + " | the paper's Overall |"]
+    lines.append("| --- " * (4 + len(numbers)) + "|")
+    for setting in "AB":
+        for sampler, title in NAMES.items():
+            for mode in ("none", "fixed", "dual"):
+                name = f"{sampler},{mode},{setting}"
+                if name not in results["rows"]:
+                    continue
+                means = [f"{np.mean(results['rows'][name][number]):.3f}" for number in numbers]
+                printed = f"{PAPER_TABLE_2[name][0]:.3f}" if name in PAPER_TABLE_2 else "–"
+                lines.append(f"| {setting} | {title} | {mode} | " + " | ".join(means) + f" | {printed} |")
     return "\n".join(lines)
+
+
+def paper_table_2():
+    """The paper's Table 2 in full."""
+    lines = ["| setting | sampler | KL | Overall | VQ | MQ | TA | CLIPScore | PickScore |", "| --- " * 9 + "|"]
+    for name, values in PAPER_TABLE_2.items():
+        sampler, mode, setting = name.split(",") if "," in name else ("before training", "–", "–")
+        cells = [setting, NAMES.get(sampler, sampler), mode, *[f"{value:.4f}" for value in values]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tuning_table(results):
+    """Overall of every candidate on the two tuning seeds; the chosen one in bold."""
+    lines = ["| row | tuned | candidates: mean Overall |", "| --- | --- | --- |"]
+    for name, entries in results["tuning"].items():
+        tuned = "kl_lambda" if name.startswith("kl,") else "learning_rate"
+        means = [np.mean(entry["Overall"]) for entry in entries]
+        cells = []
+        for entry, mean in zip(entries, means, strict=True):
+            cell = f"{entry['settings'][tuned]:g}: {mean:.3f}"
+            cells.append(f"**{cell}**" if mean == max(means) else cell)
+        lines.append(f"| {name} | {tuned} | " + " · ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def correlations(results):
+    """One sentence on how the rows' order agrees with the paper's."""
+    values = {setting: rank_correlation(results, setting) for setting in "AB"}
+    return f"Spearman's rank correlation with the paper, nine rows each: setting A {values['A']:+.2f}, setting B {values['B']:+.2f}."
+
+
+def tables(results):
+    """{name: text} of everything that RESULTS.md takes from results.json."""
+    return {
+        "claims of the paper": markdown(results["claims"], PAPER),
+        "our own options": markdown(results["claims"], OURS),
+        "tuning": tuning_table(results),
+        "table 2 on the toy": table_2(results),
+        "correlations": correlations(results),
+        "table 2 of the paper": paper_table_2(),
+        "removed": markdown(results["removed"]["claims"]),
+    }
+
+
+def write_tables(results, path):
+    """Put each table between its two comment lines in RESULTS.md."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables(results).items():
+        block = f"<!-- table: {name} -->\n{table}\n<!-- end -->"
+        text, count = re.subn(f"<!-- table: {re.escape(name)} -->\n.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{path} must have one place for each table: got {count} for {name!r}")
+    path.write_text(text, encoding="utf-8")

@@ -7,26 +7,28 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from paper.claims import HOT, SAMPLERS, interval, row  # noqa: E402
+from paper.claims import NAMES, interval  # noqa: E402
 from pictures import BLACK, BLUE, GREEN, ORANGE, RED  # noqa: E402
 
 # One colour, line and marker each, so that a picture also reads in grey.
 LOOKS = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (RED, "-.", "^"), (GREEN, ":", "D"), (BLACK, (0, (5, 1)), "v")]
+KL_MODES = ("none", "fixed", "stepwise", "moving", "dual")
 
 
 def series(logs, name):
-    """(updates, [seeds, updates]) of a logged number."""
-    lines = [[(line["update"], line[name]) for line in log if name in line] for log in logs]
-    return [update for update, _ in lines[0]], np.array([[value for _, value in seed] for seed in lines])
+    """(iterations, [seeds, iterations]) of a logged number."""
+    iterations = [line["iteration"] for line in logs[0] if name in line]
+    values = [[line[name] for line in log if name in line] for log in logs]
+    return iterations, np.array(values)
 
 
 def band(axis, logs, name, look, text, marks=True):
     """Mean over seeds as a line, its 95% interval as a band."""
     colour, line, marker = look
-    updates, values = series(logs, name)
+    iterations, values = series(logs, name)
     mean, half = interval(values)
-    axis.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
-    axis.plot(updates, mean, color=colour, ls=line, marker=marker if marks else None, ms=4, lw=1.6, label=text)
+    axis.fill_between(iterations, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
+    axis.plot(iterations, mean, color=colour, ls=line, marker=marker if marks else None, ms=4, lw=1.6, label=text)
 
 
 def finish(figure, axes, path, legend):
@@ -41,64 +43,78 @@ def finish(figure, axes, path, legend):
 def equalizer(logs, path):
     """Fig. 5: learning with and without the temporal gradient equalizer."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, options, words in zip(axes, ([], ["equalizer=False"]), ("on", "off"), strict=True):
-        for sampler, look in zip(SAMPLERS, LOOKS, strict=True):
-            band(axis, logs(row(sampler, *options)), "eval_reward", look, sampler)
-        axis.set(title=f"Equalizer {words}", xlabel="rollout update", ylabel="reward of ODE samples (setting A)")
+    for axis, row, words in zip(axes, ("dual,A", "equalizer off"), ("on", "off"), strict=True):
+        for (sampler, title), look in zip(NAMES.items(), LOOKS, strict=True):
+            band(axis, logs(f"{sampler},{row}"), "eval_reward", look, title)
+        axis.set(title=f"Equalizer {words}", xlabel="iteration", ylabel="reward of ODE samples (setting A)")
     finish(figure, axes, path, axes)
 
 
 def kl_modes(logs, results, path):
-    """Fig. 8: KL modes at a raised learning rate."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    (reward, spread), (distance, drift) = axes
-    modes = ("none", "fixed", "stepwise", "moving", "dual")
-    for place, (mode, look) in enumerate(zip(modes, LOOKS, strict=True)):
-        name = HOT if mode == "dual" else f"kl_mode={mode},{HOT}"
-        band(reward, logs(name), "eval_reward", look, mode)
-        band(spread, logs(name), "reward_std", look, mode, marks=False)
-        band(distance, logs(name), "eval_distance", look, mode)
-        mean, half = interval(results["rows"][name]["drift"])
-        drift.bar(place, mean, yerr=half, color=look[0], ecolor="0.5", capsize=4, width=0.6)
-    reward.set(title="Reward of ODE samples", xlabel="rollout update", ylabel="reward (setting A)")
-    spread.set(title="Std of the reward over a rollout's samples", xlabel="rollout update", ylabel="std")
-    distance.set(title="Distance to the manifold of clean clips", xlabel="rollout update", ylabel="RMS (peak of a blob: 2)")
-    drift.set(title="Drift: same noise, before against after", ylabel="RMS pixel change (peak of a blob: 2)")
-    drift.set_xticks(range(len(modes)), modes)
-    finish(figure, axes.flat, path, (reward, spread, distance))
+    """Fig. 8: KL modes, each at its best λ_KL, with one optimizer step per iteration (above) and with nine (below)."""
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
+    for (reward, spread, distance, drift), steps in zip(axes, (1, 9), strict=True):
+        for place, (mode, look) in enumerate(zip(KL_MODES, LOOKS, strict=True)):
+            row = f"kl,{steps},{mode}"
+            band(reward, logs(row), "eval_reward", look, mode)
+            band(spread, logs(row), "group_std", look, mode, marks=False)
+            band(distance, logs(row), "eval_distance", look, mode)
+            mean, half = interval(results["rows"][row]["drift"])
+            drift.bar(place, mean, yerr=half, color=look[0], ecolor="0.5", capsize=4, width=0.6)
+        words = f"optimizer steps per iteration: {steps}"
+        reward.set(title=f"Reward of ODE samples\n{words}", xlabel="iteration", ylabel="reward (setting A)")
+        spread.set(title=f"Std of the reward within groups\n{words}", xlabel="iteration", ylabel="std")
+        distance.set(title=f"Distance to the manifold\n{words}", xlabel="iteration", ylabel="RMS (peak of a blob: 2)")
+        drift.set(title=f"Drift: same noise, before against after\n{words}", ylabel="RMS pixel change")
+        drift.set_xticks(range(len(KL_MODES)), KL_MODES)
+    finish(figure, axes.flat, path, axes[:, :3].flat)
+
+
+def tuning(results, path):
+    """Overall against λ_KL for each KL mode, both recipes: mean of the tuning seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, steps in zip(axes, (1, 9), strict=True):
+        for mode, (colour, line, marker) in zip(KL_MODES[1:], LOOKS[1:], strict=True):
+            entries = results["tuning"][f"kl,{steps},{mode}"]
+            lambdas = [entry["settings"]["kl_lambda"] for entry in entries]
+            means = [np.mean(entry["Overall"]) for entry in entries]
+            axis.semilogx(lambdas, means, color=colour, ls=line, marker=marker, ms=5, lw=1.6, label=mode)
+        axis.set(title=f"Optimizer steps per iteration: {steps}", xlabel="λ_KL", ylabel="VQ + MQ + TA of ODE samples")
+    finish(figure, axes, path, axes)
 
 
 def schedules(logs, path):
     """Fig. 7: schedules of λ_KL."""
+    rows = {"fixed": "sage,dual,A", "two-stage": "schedule,two_stage", "ramp": "schedule,ramp", "milder": "schedule,milder"}
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for (text, name), look in zip(
-        {"fixed": "kl_schedule=fixed", "two-stage": "base", "milder": "kl_schedule=milder"}.items(), LOOKS, strict=False
-    ):
-        band(axes[0], logs(name), "eval_reward", look, text)
-        band(axes[1], logs(name), "kl_position", look, text, marks=False)
-        band(axes[2], logs(name), "lambda_kl", look, text, marks=False)
+    for (text, row), look in zip(rows.items(), LOOKS, strict=False):
+        band(axes[0], logs(row), "eval_reward", look, text)
+        band(axes[1], logs(row), "kl_position", look, text, marks=False)
+        band(axes[2], logs(row), "lambda_kl", look, text, marks=False)
     axes[0].set(title="Reward of ODE samples", ylabel="reward (setting A)")
-    axes[1].set(title="KL to the moving anchor", ylabel="nats per element", yscale="log")
+    axes[1].set(title="KL to the moving anchor", ylabel="nats per element")
+    axes[1].set_yscale("symlog", linthresh=1e-5)  # it is 0 right after a refresh
     axes[2].set(title="Schedule", ylabel="λ_KL", yscale="log")
     for axis in axes:
-        axis.set_xlabel("rollout update")
+        axis.set_xlabel("iteration")
     finish(figure, axes, path, axes)
 
 
 def table_2(results, path):
     """Table 2: Overall, distance and diversity of trained models, sampler × KL × reward setting."""
     numbers = {"Overall": "VQ + MQ + TA", "distance": "RMS to the manifold", "diversity": "spread of places (pixels)"}
+    samplers = [name for name in NAMES if f"{name},none,A" in results["rows"]]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7), sharex=True, sharey="col", layout="constrained")
-    for line, setting in enumerate("AB"):
-        for axis, (number, unit) in zip(axes[line], numbers.items(), strict=True):
-            for shift, (mode, look) in enumerate(zip(("none", "fixed", "dual"), LOOKS, strict=False)):
-                options = [f"kl_mode={mode}"] * (mode != "dual") + ["reward_setting=B"] * (setting == "B")
-                rows = [results["rows"][row(sampler, *options)][number] for sampler in SAMPLERS]
-                means, halves = zip(*map(interval, rows), strict=True)
-                places = np.arange(len(rows)) + 0.2 * (shift - 1)
-                axis.errorbar(places, means, halves, color=look[0], marker=look[2], ls="none", capsize=3, label=f"KL {mode}")
+    for line, setting in zip(axes, "AB", strict=True):
+        for axis, (number, unit) in zip(line, numbers.items(), strict=True):
+            for place, (mode, look) in enumerate(zip(("none", "fixed", "dual"), LOOKS, strict=False)):
+                for column, sampler in enumerate(samplers):
+                    mean, half = interval(results["rows"][f"{sampler},{mode},{setting}"][number])
+                    text = f"KL {mode}" if column == 0 else None
+                    x = column + 0.2 * (place - 1)
+                    axis.errorbar(x, mean, half, color=look[0], marker=look[2], ls="none", capsize=3, label=text)
             axis.set(title=f"{number}, setting {setting}", ylabel=unit)
-            axis.set_xticks(range(len(SAMPLERS)), list(SAMPLERS), fontsize=8)
+            axis.set_xticks(range(len(samplers)), [NAMES[sampler] for sampler in samplers], fontsize=8)
     finish(figure, axes.flat, path, axes[0, :1])
 
 
@@ -108,4 +124,5 @@ def ablation_pictures(logs, results, folder):
     equalizer(logs, folder / "fig5_equalizer.png")
     schedules(logs, folder / "fig7_schedules.png")
     kl_modes(logs, results, folder / "fig8_kl_modes.png")
+    tuning(results, folder / "tuning.png")
     table_2(results, folder / "table2.png")
