@@ -333,7 +333,7 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
     gathered     FSDP's bf16 copies: two blocks and the root, and full: a block's gradients in bf16 and float32.
                  Full on one GPU: 2·P, the copies that autocast makes
     gradients    4·T/N;   anchor 4·T/N, or 0 when offloaded
-    optimizer    8·T/N, the two float32 moments of AdamW; muon: 4 instead of 8 for the matrices of the blocks, one momentum
+    optimizer    8·T/N, the two float32 moments of AdamW; muon: one moment, 4 bytes, for the matrices that it takes
     activations  2·n·D bytes for each block's input, times 2 for guidance, times batch; and what one block holds while it
                  runs backward: about 100·n·D, 56 of them counted in its saved tensors on a CPU, the rest for temporaries
     vae          1.26·10⁹ parameters in float32, without its activations: it decodes while the transformer rests
@@ -348,7 +348,7 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
         trained = sum(lora_rank * (linear.in_features + linear.out_features) for linear in targets)
     moments = 8 * trained
     if muon:
-        moments -= 4 * trained_in_block_matrices(transformer, lora_rank)
+        moments -= 4 * muon_parameters(transformer, lora_rank)
     gathered = 2 * (total - (blocks - 2) * block) + (0 if lora_rank else (2 + 4) * block)
     if gpus == 1:
         gathered = 0 if lora_rank else 2 * total
@@ -365,13 +365,13 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
     return {name: size / 2**30 for name, size in parts.items()}
 
 
-def trained_in_block_matrices(transformer, lora_rank):
-    """Trained parameters in the 2-D weights of the blocks, which Muon takes. A LoRA consists of nothing else."""
+def muon_parameters(transformer, lora_rank):
+    """Trained parameters that --optimizer muon gives to Muon (train.make_optimizers). A LoRA consists of nothing else."""
     if lora_rank:
         targets = [transformer.get_submodule(name) for name in lora_targets(transformer)]
         return sum(lora_rank * (linear.in_features + linear.out_features) for linear in targets)
     count = 0
     for name, parameter in transformer.named_parameters():
-        if parameter.requires_grad and "blocks." in name and parameter.ndim == 2:
+        if parameter.requires_grad and "blocks." in name and "norm" not in name and parameter.ndim == 2:
             count += parameter.numel()
     return count

@@ -154,19 +154,29 @@ def evaluation_reward(reward, extra, videos, prompts):
 
 
 def make_optimizers(module, config):
-    """[AdamW] on all trained weights, or [Muon, AdamW]: Muon on the 2-D weights of the blocks, AdamW on the rest.
+    """[AdamW] on all trained weights, or [Muon, AdamW]: Muon on the matrices of the blocks' attention and MLP (and their
+    LoRA), AdamW on the rest.
 
-    Muon's steps are scaled to the size of AdamW's (torch's match_rms_adamw), so one learning rate serves both.
+    The released code gives Muon every weight of two or more dimensions. Ours leaves the blocks' modulation to AdamW: its
+    gradient is a sum of one outer product for each pass, so it has low rank, and Muon's Newton–Schulz iteration in bf16 lifts
+    the rounding noise of the other directions to full size. (Two ranks and one then differ by 64% of the update.)
+    Muon's steps are scaled to the size of AdamW's, as in the released code, so one learning rate serves both.
     """
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     matrices, others = [], []
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = config.optimizer == "muon" and "blocks." in name and parameter.ndim == 2
-            (matrices if is_matrix else others).append(parameter)
-    optimizers = [torch.optim.AdamW(others, **settings)]
+        if not parameter.requires_grad:
+            continue
+        in_block = "blocks." in name and "norm" not in name and "modulation" not in name
+        if config.optimizer == "muon" and in_block and parameter.ndim == 2:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    optimizers = []
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+    if others:  # a LoRA consists of matrices alone
+        optimizers.append(torch.optim.AdamW(others, **settings))
     return optimizers
 
 
