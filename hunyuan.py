@@ -372,6 +372,6 @@ def muon_parameters(transformer, lora_rank):
         return sum(lora_rank * (linear.in_features + linear.out_features) for linear in targets)
     count = 0
     for name, parameter in transformer.named_parameters():
-        if parameter.requires_grad and "blocks." in name and "norm" not in name and parameter.ndim == 2:
+        if parameter.requires_grad and "blocks." in name and parameter.ndim == 2:
             count += parameter.numel()
     return count

@@ -154,21 +154,20 @@ def evaluation_reward(reward, extra, videos, prompts):
 
 
 def make_optimizers(module, config):
-    """[AdamW] on all trained weights, or [Muon, AdamW]: Muon on the matrices of the blocks' attention and MLP (and their
-    LoRA), AdamW on the rest.
+    """[AdamW] on all trained weights, or [Muon, AdamW]: Muon on the 2-D weights of the blocks, AdamW on the rest.
 
-    The released code gives Muon every weight of two or more dimensions. Ours leaves the blocks' modulation to AdamW: its
-    gradient is a sum of one outer product for each pass, so it has low rank, and Muon's Newton–Schulz iteration in bf16 lifts
-    the rounding noise of the other directions to full size. (Two ranks and one then differ by 64% of the update.)
     Muon's steps are scaled to the size of AdamW's, as in the released code, so one learning rate serves both.
+
+    Its Newton–Schulz iteration runs in bf16 and lifts all directions of a gradient to one size, also those that hold
+    nothing but rounding noise. Where a gradient has low rank (the blocks' modulation, with few passes in a batch), the update
+    therefore differs between machines and numbers of ranks; where it has full rank, it agrees (tests/test_train.py).
     """
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     matrices, others = [], []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        in_block = "blocks." in name and "norm" not in name and "modulation" not in name
-        if config.optimizer == "muon" and in_block and parameter.ndim == 2:
+        if config.optimizer == "muon" and "blocks." in name and parameter.ndim == 2:
             matrices.append(parameter)
         else:
             others.append(parameter)

@@ -8,12 +8,24 @@ import torch
 from torch import nn
 
 from equalizer import equalizer_scales
-from grpo import GRPOConfig, OneProcess, clipped_policy_loss, collect, evaluate, micro_batches, optimizer_steps, update
+from grpo import (
+    GRPOConfig,
+    OneRank,
+    clipped_policy_loss,
+    collect,
+    evaluate,
+    micro_batches,
+    micro_batches_per_step,
+    reference_means,
+    update,
+)
 from sde import SDE, log_prob, sigma_schedule
-from trust_region import Anchor, gaussian_kl
+from trust_region import Anchor, gaussian_kl, stepwise_kl_closed_form, stepwise_kl_rollout_phase
 
 B, DIM, T = 8, 6, 5
-CONFIG = GRPOConfig(group_size=4, micro_batch=8, accumulation=1, kl_mode="none", max_grad_norm=1e9, clip_range=10.0, max_failed_rewards=0.2)
+CONFIG = GRPOConfig(
+    group_size=4, batch_size=B, micro_batch=B, kl_mode="none", max_grad_norm=1e9, clip_range=10.0, max_failed_rewards=0.2
+)
 
 
 class LinearPolicy:
@@ -49,13 +61,41 @@ def rolled_out(config=CONFIG, sde=None, reward=reward):
     return policy, collect(policy, reward, ["a"] * 4 + ["bcd"] * 4, sde, generators(0), config)
 
 
-def one_update(policy, batch, config, optimizer=None, anchor=None, index=0):
-    optimizer = optimizer or torch.optim.SGD(policy.module.parameters(), lr=1.0)
-    return update(policy, batch, config, optimizer, anchor, generators(100), index, batch.collected_at)
+def one_update(policy, batch, config, anchor=None, iteration=0, learning_rate=1.0):
+    optimizer = torch.optim.SGD(policy.module.parameters(), lr=learning_rate)
+    return update(policy, batch, config, [optimizer], anchor, generators(100), iteration, batch.collected_at)
+
+
+def weight_change(policy, batch, config, anchor=None):
+    """−gradient of the objective: what one SGD step of rate 1 adds to the weights."""
+    start = policy.module.weight.detach().clone()
+    one_update(policy, batch, config, anchor)
+    return policy.module.weight.detach() - start
+
+
+def shifted_anchor(policy, batch):
+    """An anchor as after earlier iterations: neither the policy nor the rollout's policy."""
+    anchor = Anchor(policy.module, every=None)
+    with torch.no_grad():
+        anchor._copies[0].add_(0.1 * torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(3)))
+    batch.collected_at, anchor.refreshed_at = 7, 0
+    return anchor
+
+
+def position_kl(policy, batch, anchor, rows=range(B)):
+    """Eq. 11 against the anchor, written down directly: mean over steps, sum over the samples `rows` divided by B."""
+    total = 0.0
+    for k in range(T):
+        x, sigma = batch.trajectory.states[:, k], batch.sde.sigmas[k].float().expand(B)
+        with torch.no_grad(), anchor.swapped_in():
+            mean_ref, _ = batch.sde.transition(x, policy.velocity(x, sigma, batch.conditions), k)
+        mean, std = batch.sde.transition(x, policy.velocity(x, sigma, batch.conditions), k)
+        total = total + gaussian_kl(mean, mean_ref, std)[list(rows)].sum() / B / T
+    return total
 
 
 def objective(policy, batch, scales, rows=range(B)):
-    """Eq. 4 with S_t, written down directly: −(1/G) Σ_i A_i Σ_t S_t log π_θ, divided by the T optimizer updates."""
+    """Eq. 4 with S_t, written down directly: −(1/G) Σ_i A_i Σ_t S_t log π_θ, averaged over steps."""
     total = 0.0
     for k in range(T):
         x, x_next = batch.trajectory.states[:, k], batch.trajectory.states[:, k + 1]
@@ -67,24 +107,90 @@ def objective(policy, batch, scales, rows=range(B)):
 
 @pytest.mark.parametrize("equalizer", [True, False])
 def test_update_follows_the_gradient_of_equation_4(equalizer):
-    config = replace(CONFIG, equalizer=equalizer, accumulation=T)  # one optimizer update over all steps, at ρ = 1
+    config = replace(CONFIG, equalizer=equalizer)  # one optimizer step over all steps, at ρ = 1
     policy, batch = rolled_out(config)
     scales = equalizer_scales(batch.sde).float() if equalizer else torch.ones(T)
     (gradient,) = torch.autograd.grad(objective(policy, batch, scales), policy.module.weight)
-    start = policy.module.weight.detach().clone()
-    one_update(policy, batch, config)
-    torch.testing.assert_close(start - policy.module.weight.detach(), gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(-weight_change(policy, batch, config), gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_and_accumulation_do_not_change_the_update():
-    results = []
-    for micro_batch, accumulation in ((8, T), (2, 4 * T)):
+def test_micro_batches_do_not_change_the_update():
+    changes = []
+    for micro_batch in (8, 2):
         policy, batch = rolled_out()
-        config = replace(CONFIG, micro_batch=micro_batch, accumulation=accumulation)
-        metrics, _ = one_update(policy, batch, config)
-        results.append(policy.module.weight.detach())
-        assert metrics["ratio_min"] == pytest.approx(1, abs=1e-6)  # other rows in a matrix product may round differently
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+        changes.append(weight_change(policy, batch, replace(CONFIG, micro_batch=micro_batch)))
+    torch.testing.assert_close(*changes, rtol=1e-4, atol=1e-6)
+
+
+def test_optimizer_steps_share_the_micro_batches_evenly():
+    """At learning rate 0 the gradients of T optimizer steps, one micro-batch each, add up to T times that of one step."""
+    policy, batch = rolled_out()
+    (gradient,) = torch.autograd.grad(objective(policy, batch, equalizer_scales(batch.sde).float()), policy.module.weight)
+    seen = []
+
+    class Recorder:
+        def step(self):
+            seen.append(policy.module.weight.grad.clone())
+
+        def zero_grad(self):
+            policy.module.zero_grad()
+
+    _, made = update(policy, batch, replace(CONFIG, optimizer_steps=T), [Recorder()], None, generators(100), 0, 3)
+    assert len(seen) == T and made == 3 + T
+    torch.testing.assert_close(torch.stack(seen).mean(0), gradient, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- one optimizer step
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_with_one_optimizer_step_every_ratio_is_one(micro_batch):
+    policy, batch = rolled_out()
+    metrics, _ = one_update(policy, batch, replace(CONFIG, micro_batch=micro_batch, clip_range=1e-4), learning_rate=10.0)
+    assert metrics["ratio_min"] == pytest.approx(1, abs=1e-6)  # other rows in a matrix product may round differently
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)
+    assert metrics["clip_low"] == metrics["clip_high"] == 0
+    policy, batch = rolled_out()
+    metrics, _ = one_update(policy, batch, replace(CONFIG, optimizer_steps=T))
+    assert metrics["ratio_max"] - metrics["ratio_min"] > 1e-3  # with several, it moves
+
+
+def test_with_one_optimizer_step_the_closed_form_has_gradient_zero():
+    changes = {}
+    for steps in (1, T):
+        for mode in ("none", "stepwise"):
+            policy, batch = rolled_out()
+            config = replace(
+                CONFIG, kl_mode=mode, stepwise_kl="closed_form", kl_schedule="fixed", kl_lambda=1.0, optimizer_steps=steps
+            )
+            changes[steps, mode] = weight_change(policy, batch, config)
+    assert torch.equal(changes[1, "none"], changes[1, "stepwise"])
+    assert not torch.allclose(changes[T, "none"], changes[T, "stepwise"], rtol=1e-2)
+
+
+def test_with_one_optimizer_step_the_rollout_phase_gradient_has_mean_zero():
+    """Over 4000 noises, the gradient of Eq. 15 at θ = π_old lies within 4.5 standard errors of 0 in each weight and step.
+
+    The control: at a θ that has moved on, where it must be that of the KL, it lies far outside.
+    """
+    count = 4000
+    policy, sde = LinearPolicy(), SDE("sage_grpo", 0.5, sigma_schedule(T))
+    prompts, noise = ["a"] * count, [torch.Generator().manual_seed(seed) for seed in range(count)]
+    batch = collect(policy, reward, prompts, sde, noise, replace(CONFIG, max_failed_rewards=0.99))
+
+    def scores_of(weight, k):
+        """Mean of the per-sample gradients in units of its standard error, [DIM, DIM]."""
+        x, x_next = batch.trajectory.states[:, k], batch.trajectory.states[:, k + 1]
+        v = x @ weight.T + sde.sigmas[k].float() * torch.stack(batch.conditions)
+        v.requires_grad_()
+        mean, std = sde.transition(x, v, k)
+        estimate = stepwise_kl_rollout_phase(log_prob(x_next, mean, std), batch.trajectory.log_probs[:, k])
+        (by_v,) = torch.autograd.grad(estimate.sum(), v)
+        by_weight = by_v[:, :, None] * x[:, None, :]  # [count, DIM, DIM]
+        return by_weight.mean(0) / by_weight.std(0) * count**0.5
+
+    weight = policy.module.weight.detach()
+    moved = weight + 0.2 * torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(5))
+    assert max(scores_of(weight, k).abs().max() for k in range(T)) < 4.5
+    assert max(scores_of(moved, k).abs().max() for k in range(T)) > 9
 
 
 def test_clipped_loss_has_the_gradient_of_a_hand_written_one():
@@ -98,50 +204,95 @@ def test_clipped_loss_has_the_gradient_of_a_hand_written_one():
 @pytest.mark.parametrize("mode", ["fixed", "moving", "dual", "stepwise"])
 def test_nothing_moves_before_the_first_update(mode):
     """Learning rate 0: every ratio of every micro-batch is exactly 1, both KL terms exactly 0."""
-    config = replace(CONFIG, kl_mode=mode, kl_velocity="closed_form")
+    config = replace(CONFIG, kl_mode=mode, stepwise_kl="closed_form", optimizer_steps=T)
     policy, batch = rolled_out(config)
     anchor = Anchor(policy.module, every=None if mode == "fixed" else 3) if mode != "stepwise" else None
-    optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.0)
-    metrics, updates = one_update(policy, batch, config, optimizer, anchor)
-    assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and updates == T
+    metrics, steps_made = one_update(policy, batch, config, anchor, learning_rate=0.0)
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and steps_made == T
     assert metrics["kl_velocity"] == 0 and metrics.get("kl_position", 0) == 0 and metrics["clip_low"] == 0
 
 
 def test_the_reference_pass_is_skipped_while_the_anchor_is_the_behaviour_policy():
-    config = replace(CONFIG, kl_mode="moving")
+    config = replace(CONFIG, kl_mode="moving", optimizer_steps=T)
+    policy, batch = rolled_out(config)
+    anchor = Anchor(policy.module, every=2 * T)
+    passes = []
+    for iteration in range(3):
+        metrics, steps_made = one_update(policy, batch, config, anchor, learning_rate=1e-3)
+        passes.append(metrics["update_passes"])
+        prompts = ["a"] * 4 + ["bcd"] * 4
+        batch = collect(policy, reward, prompts, batch.sde, generators(iteration), config, steps_made)
+    # The anchor is the rollout's policy in iteration 0, lags behind in iteration 1, and is refreshed at its end.
+    assert passes == [T, 2 * T, T]
+
+
+def test_the_anchor_moves_between_iterations_not_within_one():
+    """Five optimizer steps, N = 3: due after the third, refreshed at the end of the iteration."""
+    config = replace(CONFIG, kl_mode="moving", micro_batch=4, optimizer_steps=T)
     policy, batch = rolled_out(config)
     anchor = Anchor(policy.module, every=3)
-    metrics, _ = one_update(policy, batch, config, anchor=anchor)
-    # 5 updates; the anchor is the rollout's policy during the first three, and has moved on for the last two.
-    assert metrics["update_passes"] == 5 + 2 and anchor.refreshed_at == 3
+    one_update(policy, batch, config, anchor)
+    assert anchor.refreshed_at == T
+    assert torch.equal(anchor._copies[0], policy.module.weight)
+
+
+def test_reference_means_swap_the_anchor_in_once():
+    policy, batch = rolled_out()
+    anchor, swaps = shifted_anchor(policy, batch), []
+    swapped_in = anchor.swapped_in
+
+    def counted():
+        swaps.append(1)
+        return swapped_in()
+
+    anchor.swapped_in = counted
+    means = reference_means(policy, batch, replace(CONFIG, micro_batch=2), anchor)
+    assert len(swaps) == 1
+    for k in range(T):
+        x, sigma = batch.trajectory.states[:, k], batch.sde.sigmas[k].float().expand(B)
+        with torch.no_grad(), swapped_in():
+            expected, _ = batch.sde.transition(x, policy.velocity(x, sigma, batch.conditions), k)
+        torch.testing.assert_close(means[:, k], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_position_kl_is_measured_against_the_anchor():
-    config = replace(CONFIG, kl_mode="fixed", kl_schedule="fixed", kl_lambda=0.3, accumulation=T)
+    config = replace(CONFIG, kl_mode="fixed", kl_schedule="fixed", kl_lambda=0.3)
     policy, batch = rolled_out(config)
-    anchor = Anchor(policy.module, every=None)
-    with torch.no_grad():  # as after earlier updates: the anchor is neither the policy nor the rollout's
-        anchor._copies[0].add_(0.1 * torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(3)))
-    batch.collected_at, anchor.refreshed_at = 7, 0
-    scales, kl = equalizer_scales(batch.sde).float(), 0.0
-    for k in range(T):
-        x, sigma = batch.trajectory.states[:, k], batch.sde.sigmas[k].float().expand(B)
-        with torch.no_grad(), anchor.swapped_in():
-            mean_ref, _ = batch.sde.transition(x, policy.velocity(x, sigma, batch.conditions), k)
-        mean, std = batch.sde.transition(x, policy.velocity(x, sigma, batch.conditions), k)
-        kl = kl + gaussian_kl(mean, mean_ref, std).mean() / T
-    (gradient,) = torch.autograd.grad(objective(policy, batch, scales) + 0.3 * kl, policy.module.weight)
+    anchor = shifted_anchor(policy, batch)
+    kl = position_kl(policy, batch, anchor)
+    total = objective(policy, batch, equalizer_scales(batch.sde).float()) + 0.3 * kl
+    (gradient,) = torch.autograd.grad(total, policy.module.weight)
     start = policy.module.weight.detach().clone()
-    metrics, _ = one_update(policy, batch, config, anchor=anchor)
+    metrics, _ = one_update(policy, batch, config, anchor)
     assert metrics["kl_position"] == pytest.approx(kl.item(), rel=1e-4)
     torch.testing.assert_close(start - policy.module.weight.detach(), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_velocity_term_has_its_weight_and_form():
+    """Dual KL from the second optimizer step on: the closed form of Eq. 12 times β_vel·λ_KL, on top of the position term."""
+    config = replace(
+        CONFIG, kl_mode="dual", stepwise_kl="closed_form", kl_schedule="fixed", kl_lambda=0.4, beta_pos=0.7, beta_vel=0.5
+    )
+    policy, batch = rolled_out(config)
+    anchor = shifted_anchor(policy, batch)
+    with torch.no_grad():  # as after a first optimizer step: the policy is not the rollout's any more
+        policy.module.weight.mul_(1.02)
+    velocity_kl = 0.0
+    for k in range(T):
+        x, sigma = batch.trajectory.states[:, k], batch.sde.sigmas[k].float().expand(B)
+        mean, std = batch.sde.transition(x, policy.velocity(x, sigma, batch.conditions), k)
+        velocity_kl = velocity_kl + stepwise_kl_closed_form(mean, batch.trajectory.means[:, k], std).mean() / T
+    batch.advantages = torch.zeros(B)  # the trust region alone
+    total = 0.4 * (0.7 * position_kl(policy, batch, anchor) + 0.5 * velocity_kl)
+    (gradient,) = torch.autograd.grad(total, policy.module.weight)
+    torch.testing.assert_close(-weight_change(policy, batch, config, anchor), gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_lambda_follows_its_schedule():
     config = replace(CONFIG, kl_mode="stepwise", kl_switch=2)
     policy, batch = rolled_out(config)
-    assert [one_update(policy, batch, config, torch.optim.SGD(policy.module.parameters(), lr=0.0), None, i)[0]["lambda_kl"]
-            for i in (0, 1, 2)] == [1e-7, 1e-7, 1e-5]  # fmt: skip
+    seen = [one_update(policy, batch, config, iteration=i, learning_rate=0.0)[0]["lambda_kl"] for i in (0, 1, 2)]
+    assert seen == [1e-7, 1e-7, 1e-5]
 
 
 # ---------------------------------------------------------------------------------------------- failures
@@ -155,17 +306,19 @@ def failing(place):
 
 
 def test_a_failed_sample_takes_no_part():
-    config = replace(CONFIG, accumulation=T)
+    """Neither in the policy's term nor in the trust region's."""
+    config = replace(CONFIG, kl_mode="fixed", kl_schedule="fixed", kl_lambda=0.3)
     policy, batch = rolled_out(config, reward=failing(5))
     assert batch.metrics["reward_failed"] == 1 / 8 and batch.valid.tolist() == [True] * 5 + [False] + [True] * 2
     assert math.isfinite(batch.metrics["reward_mean"])
     rows = [i for i in range(B) if i != 5]
-    (gradient,) = torch.autograd.grad(
-        objective(policy, batch, equalizer_scales(batch.sde).float(), rows), policy.module.weight
-    )
-    start = policy.module.weight.detach().clone()
-    one_update(policy, batch, config)
-    torch.testing.assert_close(start - policy.module.weight.detach(), gradient, rtol=1e-4, atol=1e-6)
+    anchor = shifted_anchor(policy, batch)
+    kl = position_kl(policy, batch, anchor, rows)
+    total = objective(policy, batch, equalizer_scales(batch.sde).float(), rows) + 0.3 * kl
+    (gradient,) = torch.autograd.grad(total, policy.module.weight, retain_graph=True)
+    (own_kl,) = torch.autograd.grad(position_kl(policy, batch, anchor, [5]), policy.module.weight)
+    assert own_kl.abs().max() > 1e-3  # what the failed sample would add is not small
+    torch.testing.assert_close(-weight_change(policy, batch, config, anchor), gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_all_samples_failing_is_an_error():
@@ -175,8 +328,8 @@ def test_all_samples_failing_is_an_error():
 
 def test_an_evaluation_counts_what_it_could_not_score():
     policy, ode, prompts = LinearPolicy(), SDE("sage_grpo", 0.0, sigma_schedule(T)), ["a"] * B
-    whole, _ = evaluate(policy, reward, prompts, ode, generators(0), replace(CONFIG, batch_size=B))
-    metrics, _ = evaluate(policy, failing([1, 5]), prompts, ode, generators(0), replace(CONFIG, batch_size=B))
+    whole, _ = evaluate(policy, reward, prompts, (DIM,), ode, generators(0), replace(CONFIG, batch_size=B))
+    metrics, _ = evaluate(policy, failing([1, 5]), prompts, (DIM,), ode, generators(0), replace(CONFIG, batch_size=B))
     assert whole["eval_failed"] == 0 and metrics["eval_failed"] == 2 / B
     assert math.isfinite(metrics["eval_reward"]) and metrics["eval_reward"] != whole["eval_reward"]
     assert metrics["eval_VQ"] == whole["eval_VQ"]
@@ -186,16 +339,37 @@ def test_samples_that_are_not_finite_are_never_scored():
     policy, sde, config = LinearPolicy(), SDE("sage_grpo", 0.5, sigma_schedule(T)), replace(CONFIG, batch_size=B)
     with torch.no_grad():
         policy.module.weight[0, 0] = math.nan
-    for run in (collect, evaluate):
-        with pytest.raises(FloatingPointError, match="samples must be finite"):
-            run(policy, lambda videos, prompts: pytest.fail("scored"), ["a"] * B, sde, generators(0), config)
+    def never(videos, prompts):
+        pytest.fail("scored")
+
+    with pytest.raises(FloatingPointError, match="samples must be finite"):
+        collect(policy, never, ["a"] * B, sde, generators(0), config)
+    with pytest.raises(FloatingPointError, match="samples must be finite"):
+        evaluate(policy, never, ["a"] * B, (DIM,), sde, generators(0), config)
+
+
+def test_an_evaluation_may_have_another_size():
+    """Its latents have the shape that evaluate is given, not the policy's."""
+    seen = []
+
+    class AnySize(LinearPolicy):
+        def velocity(self, x, sigma, cond):
+            return -x
+
+        def decode(self, x):
+            seen.append(tuple(x.shape))
+            return x
+
+    ode = SDE("sage_grpo", 0.0, sigma_schedule(T))
+    evaluate(AnySize(), reward, ["a"] * B, (DIM + 3,), ode, generators(0), replace(CONFIG, batch_size=3))
+    assert seen == [(3, DIM + 3), (3, DIM + 3), (2, DIM + 3)]
 
 
 def test_a_wrong_first_ratio_is_an_error():
     policy, batch = rolled_out()
     with torch.no_grad():
         policy.module.weight.mul_(1.05)
-    with pytest.raises(RuntimeError, match="the ratio must be 1 before the first update"):
+    with pytest.raises(RuntimeError, match="the ratio must be 1 before the first optimizer step"):
         one_update(policy, batch, replace(CONFIG, clip_range=1e-4))
 
 
@@ -211,7 +385,7 @@ def test_a_non_finite_loss_stops_before_the_optimizer_acts():
 def test_gradient_norm_is_clipped():
     policy, batch = rolled_out()
     start = policy.module.weight.detach().clone()
-    metrics, _ = one_update(policy, batch, replace(CONFIG, accumulation=T, max_grad_norm=1e-3))
+    metrics, _ = one_update(policy, batch, replace(CONFIG, max_grad_norm=1e-3))
     assert metrics["grad_norm"] > 1e-3
     assert (start - policy.module.weight).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -232,41 +406,42 @@ def test_a_group_may_span_ranks():
     """Two ranks of half a batch each see the rewards of all, and together get the advantages of one process."""
     _, whole = rolled_out()
     prompts, sde = ["a"] * 4 + ["bcd"] * 4, SDE("sage_grpo", 0.5, sigma_schedule(T))
-    class Rank(OneProcess):
-        def __init__(self, rank, everything):
-            self.rank, self.everything = rank, everything
 
-        def __call__(self, tensor):
-            return self.everything(tensor)
+    class Rank(OneRank):
+        def __init__(self, rank, answers):
+            self.rank, self.answers = rank, answers
+
+        def gather(self, tensor):
+            return next(self.answers)
 
     config = replace(CONFIG, group_size=8)
     scores = reward(whole.trajectory.states[:, -1], prompts)
     _, one = rolled_out(config)
     for rank in (0, 1):
-        mine, policy = slice(4 * rank, 4 * rank + 4), LinearPolicy()
-        names = iter(scores)
-        gather = Rank(rank, lambda tensor, names=names: scores[next(names)].double())
-        batch = collect(policy, reward, prompts[mine], sde, generators(0)[mine], config, 0, gather)
-        torch.testing.assert_close(batch.advantages, one.advantages[mine])
+        own, policy = slice(4 * rank, 4 * rank + 4), LinearPolicy()
+        ranks = Rank(rank, iter([values.double() for values in scores.values()]))
+        batch = collect(policy, reward, prompts[own], sde, generators(0)[own], config, 0, ranks)
+        torch.testing.assert_close(batch.advantages, one.advantages[own])
 
 
 @pytest.mark.parametrize(
     "changes, rule",
     [
         (dict(group_size=1), "group_size must be at least 2"),
-        (dict(accumulation=0), "accumulation must be at least 1: got 0"),
+        (dict(optimizer_steps=0), "optimizer_steps must be at least 1: got 0"),
         (dict(clip_range=0.0), "clip_range must be positive"),
         (dict(kl_lambda=-1.0), "kl_lambda must not be negative"),
     ],
 )
 def test_settings_that_cannot_work(changes, rule):
     with pytest.raises(ValueError, match=rule):
-        replace(CONFIG, **changes).check()
+        replace(CONFIG, **changes).check_algorithm()
 
 
 def test_divisibility_of_the_batch():
-    assert optimizer_steps(8, 5, replace(CONFIG, micro_batch=2, accumulation=4)) == 5
+    assert micro_batches_per_step(8, 5, replace(CONFIG, micro_batch=2)) == 20
+    assert micro_batches_per_step(8, 5, replace(CONFIG, micro_batch=2, optimizer_steps=4)) == 5
     with pytest.raises(ValueError, match="micro_batch must divide the samples per rank: got 3 and 8"):
-        optimizer_steps(8, 5, replace(CONFIG, micro_batch=3))
-    with pytest.raises(ValueError, match=r"accumulation must divide .* got 3 and 8 / 8 × 5 = 5"):
-        optimizer_steps(8, 5, replace(CONFIG, accumulation=3))
+        micro_batches_per_step(8, 5, replace(CONFIG, micro_batch=3))
+    with pytest.raises(ValueError, match=r"optimizer_steps must divide .* got 3 and 8 / 8 × 5 = 5; use a divisor of 5"):
+        micro_batches_per_step(8, 5, replace(CONFIG, optimizer_steps=3))

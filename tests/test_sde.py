@@ -198,6 +198,37 @@ def test_log_prob_is_the_mean_log_density(std, D):
     torch.testing.assert_close(log_prob(x, mean, f64(std)), expected)
 
 
+@pytest.mark.parametrize("D", [3_000, 100_000, 1_000_000])
+@pytest.mark.parametrize("delta", [0.005, 0.02])
+def test_log_ratio_spreads_with_d_and_shifts_without_it(D, delta):
+    """A mean moved by δ·Σ: the log ratio of old samples has mean −δ²/2 at every D, and standard deviation δ/√D."""
+    count, std = 64, f64(0.3)
+    generator = rng(D)
+    ratios = []
+    for _ in range(count):
+        xi = torch.randn(1, D, generator=generator, dtype=torch.float64)
+        x_next = std * xi  # old mean 0
+        ratios.append((log_prob(x_next, torch.full_like(xi, delta * std.item()), std) - log_prob(x_next, 0 * xi, std)).item())
+    ratios = np.array(ratios)
+    spread = delta / D**0.5
+    assert ratios.mean() == pytest.approx(-(delta**2) / 2, abs=4 * spread / count**0.5)
+    assert ratios.std(ddof=1) == pytest.approx(spread, rel=0.4)  # 4.5 standard errors of a std over 64 samples
+
+
+def test_no_clip_range_serves_every_resolution():
+    """c = 1e-4 and δ = 0.02, P(ρ beyond 1 ± c) from the law just tested: both sides at D = 3000, the lower alone at 10⁶."""
+
+    def beyond(D, delta, c=1e-4):
+        law = torch.distributions.Normal(-(delta**2) / 2, delta / D**0.5)
+        return law.cdf(torch.tensor(math.log(1 - c))).item(), 1 - law.cdf(torch.tensor(math.log(1 + c))).item()
+
+    low, high = beyond(3_000, 0.02)
+    assert 0.4 < low < 0.7 and 0.1 < high < 0.3
+    low, high = beyond(1_000_000, 0.02)
+    assert low > 0.99 and high < 1e-6
+    assert beyond(1_000_000, 0.013)[0] < 0.2 and beyond(1_000_000, 0.0145)[0] > 0.6  # the edge, at δ = √(2c) ≈ 0.014
+
+
 @pytest.mark.parametrize("sde_type", SDE_TYPES)
 def test_rollout_keeps_what_the_update_needs(sde_type):
     sde = SDE(sde_type, 0.5, sigma_schedule(6), noisy_last_step=False)

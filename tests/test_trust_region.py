@@ -54,11 +54,13 @@ def test_weights_of_each_mode():
 
 def test_schedules_of_lambda():
     def values(schedule):
-        return [kl_coefficient(schedule, update, 1e-5, 1e-7, 2) for update in range(4)]
+        return [kl_coefficient(schedule, iteration, 1e-5, 1e-7, 2) for iteration in range(4)]
 
     assert values("fixed") == [1e-5] * 4
     assert values("two_stage") == [1e-7, 1e-7, 1e-5, 1e-5]
     assert values("milder") == pytest.approx([1e-7, 1e-7, 1e-6, 1e-6])
+    assert values("ramp") == pytest.approx([1e-7, (1e-7 + 1e-5) / 2, 1e-5, 1e-5])
+    assert kl_coefficient("ramp", 0, 1e-5, 1e-7, 0) == 1e-5  # a ramp of no length
     with pytest.raises(ValueError, match="kl_schedule must be one of"):
         kl_coefficient("cosine", 0, 1e-5, 1e-7, 2)
 
@@ -92,18 +94,23 @@ def test_swap_gives_the_anchor_and_restores_bit_for_bit(offload):
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
-def test_anchor_moves_every_n_updates_and_never_aliases():
+@pytest.mark.parametrize("per_iteration, refreshed", [(1, [3, 6]), (2, [4, 8]), (5, [5, 10, 15])])
+def test_anchor_moves_after_n_optimizer_steps_and_never_aliases(per_iteration, refreshed):
+    """N = 3: at the end of the first iteration by which three optimizer steps have passed since the last refresh."""
     module, x = module_and_input()
     moving, fixed, start = Anchor(module, every=3), Anchor(module, every=None), module(x)
-    for n in range(1, 8):
+    seen, at_refresh = [], None
+    for steps_made in range(per_iteration, refreshed[-1] + per_iteration, per_iteration):
         change(module)
-        assert moving.maybe_refresh(n) is (n % 3 == 0) and fixed.maybe_refresh(n) is False
-        if n == 6:
-            at_six = module(x)
-    assert moving.refreshed_at == 6 and fixed.refreshed_at == 0
+        assert fixed.maybe_refresh(steps_made) is False
+        if moving.maybe_refresh(steps_made):
+            seen.append(steps_made)
+            at_refresh = module(x)
+    assert seen == refreshed and moving.refreshed_at == refreshed[-1] and fixed.refreshed_at == 0
+    change(module)
     with torch.no_grad():
         with moving.swapped_in():
-            assert torch.equal(module(x), at_six)
+            assert torch.equal(module(x), at_refresh)
         with fixed.swapped_in():
             assert torch.equal(module(x), start)
 
