@@ -1,12 +1,13 @@
 """The toy: its world's rewards on videos whose scores are known, its network, and that GRPO teaches it something."""
 
 import json
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train
+from config import parse
 from sde import SDE, rollout, sigma_schedule
 from toy import world
 from toy.model import FlowTransformer, ToyPolicy
@@ -55,10 +56,11 @@ def test_prompts_outside_the_grammar_are_refused():
         world.parse("a small red blob")
 
 
-def test_pretrained_weights_fit_and_are_imperfect():
-    policy, config, run = ToyPolicy(), train.parse([])[0], Path("unused: the toy writes no files")
+def test_pretrained_weights_fit_and_are_imperfect(tmp_path):
+    policy, (config, _) = ToyPolicy(), parse([])
     assert sum(p.numel() for p in policy.module.parameters()) < 200_000
-    metrics, videos = train.run_evaluation(policy, world.rewards, world.PROMPTS, config, 0, run, train.OneProcess())
+    metrics = train.run_evaluation(policy, world.rewards, world.PROMPTS, config, 0, tmp_path, train.OneRank())
+    videos = np.load(tmp_path / "samples_before.npy")
     assert 0.4 < metrics["eval_reward"] < 0.6 and videos.shape == (64 * config.eval_noises, 8, 3, 12, 12)
     with pytest.raises(FileNotFoundError, match="python -m toy.model"):
         ToyPolicy("nowhere.pt")
@@ -87,6 +89,6 @@ def test_noise_of_the_last_step_is_seen_by_the_reward():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_grpo_raises_the_reward(seed, tmp_path):
-    train.main(["--runs", str(tmp_path), "--name", "learns", "--seed", str(seed), "--updates", "10", "--eval_every", "10"])
+    train.main(["--runs", str(tmp_path), "--name", "learns", "--seed", str(seed), "--iterations", "15", "--eval_every", "15"])
     lines = [json.loads(line) for line in (tmp_path / "learns" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_reward"] > lines[0]["eval_reward"] + 0.08

@@ -13,10 +13,11 @@ import torch.distributed.checkpoint as dcp
 
 import checkpoint
 import train
+from config import Config
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--batch_size", "8", "--micro_batch", "8", "--group_size", "4", "--num_steps", "4", "--eval_steps", "2"]
-SMALL += ["--eval_noises", "1", "--anchor_every", "5", "--checkpoint_every", "2", "--eval_every", "3", "--kl_switch", "2"]
+SMALL += ["--eval_noises", "1", "--optimizer_steps", "3", "--anchor_every", "6", "--checkpoint_every", "2", "--eval_every", "3"]
 
 
 def lines_of(run):
@@ -33,16 +34,18 @@ def weights_of(run):
     return state
 
 
-# anchor_every 3: the anchor is the policy when the run stops, so going on must know when it was refreshed
-@pytest.mark.parametrize("extra", [[], ["--kl_mode", "fixed"], ["--anchor_every", "3"]])
+# anchor_every 9: the anchor is the policy when the run stops, so going on must know when it was refreshed
+@pytest.mark.parametrize("extra", [[], ["--kl_mode", "fixed"], ["--anchor_every", "9"], ["--optimizer", "muon"]])
 def test_resume_is_bit_for_bit(tmp_path, extra):
     common = ["--runs", str(tmp_path), *SMALL, *extra]
-    train.main([*common, "--name", "whole", "--updates", "5"])
-    train.main([*common, "--name", "parts", "--updates", "3"])
-    train.main(["--resume", str(tmp_path / "parts"), "--updates", "5"])
+    train.main([*common, "--name", "whole", "--iterations", "5"])
+    train.main([*common, "--name", "parts", "--iterations", "3"])
+    train.main(["--resume", str(tmp_path / "parts"), "--iterations", "5"])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     a, b = weights_of(whole), weights_of(parts)
-    assert a.keys() == b.keys() and any(name.startswith("anchor.") for name in a) and any("exp_avg" in n for n in a)
+    assert a.keys() == b.keys()
+    assert any(name.startswith("anchor.") for name in a) and any("exp_avg" in name for name in a)
+    assert any("momentum_buffer" in name for name in a) == ("muon" in extra)
     assert all(torch.equal(a[name], b[name]) for name in a)
     # the run that was cut in two evaluated at its own end, too; all else is equal
     same = [{k: v for k, v in line.items() if not k.startswith("eval_")} for line in lines_of(parts)]
@@ -50,40 +53,40 @@ def test_resume_is_bit_for_bit(tmp_path, extra):
 
 
 def test_run_folder_holds_what_is_promised(tmp_path, capsys):
-    train.main(["--runs", str(tmp_path), *SMALL, "--updates", "3"])
+    train.main(["--runs", str(tmp_path), *SMALL, "--iterations", "3"])
     run = tmp_path / "toy-1"
     for name in ("config.json", "metrics.jsonl", "curves.png", "samples_before.npy", "samples_before_after.gif"):
         assert (run / name).stat().st_size > 0
-    assert [p.name for p in checkpoint.complete(run / "checkpoints")] == ["update-000002", "update-000003"]
+    assert [p.name for p in checkpoint.complete(run / "checkpoints")] == ["iteration-000002", "iteration-000003"]
     shown = capsys.readouterr().out
     assert "before    after 3  change" in shown and "reward" in shown and "TA" in shown
-    train.main(["--runs", str(tmp_path), *SMALL, "--updates", "1"])
+    train.main(["--runs", str(tmp_path), *SMALL, "--iterations", "1"])
     assert (tmp_path / "toy-2").is_dir()
     with pytest.raises(SystemExit, match="exists; continue it with --resume"):
         train.main(["--runs", str(tmp_path), *SMALL, "--name", "toy-1"])
 
 
 def test_a_log_beyond_the_checkpoint_is_cut_on_resume(tmp_path):
-    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--updates", "2"])
+    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--iterations", "2"])
     before = lines_of(tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:  # as after a kill between two checkpoints
-        file.write(json.dumps({"update": 3, "reward_mean": 9.0}) + "\n")
-    train.main(["--resume", str(tmp_path / "run"), "--updates", "3"])
+        file.write(json.dumps({"iteration": 3, "reward_mean": 9.0}) + "\n")
+    train.main(["--resume", str(tmp_path / "run"), "--iterations", "3"])
     after = lines_of(tmp_path / "run")
     assert after[: len(before)] == before and len(after) == len(before) + 1 and after[-1]["reward_mean"] != 9.0
 
     log = tmp_path / "run" / "metrics.jsonl"
     whole = log.read_text()
-    log.write_text(whole + '{"update": 4, "rew')  # cut short, but beyond the checkpoint: nothing is lost
+    log.write_text(whole + '{"iteration": 4, "rew')  # cut short, but beyond the checkpoint: nothing is lost
     assert checkpoint.read_log(tmp_path / "run", 3) == [json.loads(line) for line in whole.splitlines()]
     log.write_text(whole[:-10])
-    with pytest.raises(ValueError, match="must hold a line for each update up to the checkpoint's, 3: got 3 whole lines"):
-        train.main(["--resume", str(tmp_path / "run"), "--updates", "4"])
+    with pytest.raises(ValueError, match="must hold a line for each iteration up to the checkpoint's, 3: got 3 whole lines"):
+        train.main(["--resume", str(tmp_path / "run"), "--iterations", "4"])
 
 
 def test_an_evaluation_that_fails_loses_nothing_and_is_made_on_resume(tmp_path, monkeypatch):
     common = ["--runs", str(tmp_path), *SMALL, "--eval_every", "2"]
-    train.main([*common, "--name", "whole", "--updates", "3"])
+    train.main([*common, "--name", "whole", "--iterations", "3"])
     evaluate = train.evaluate
 
     def fails_at_2(*arguments):
@@ -93,28 +96,15 @@ def test_an_evaluation_that_fails_loses_nothing_and_is_made_on_resume(tmp_path, 
 
     monkeypatch.setattr(train, "evaluate", fails_at_2)
     with pytest.raises(OSError, match="disk full"):
-        train.main([*common, "--name", "cut", "--updates", "3"])
+        train.main([*common, "--name", "cut", "--iterations", "3"])
     monkeypatch.setattr(train, "evaluate", evaluate)
-    assert checkpoint.latest(tmp_path / "cut").name == "update-000002"
+    assert checkpoint.latest(tmp_path / "cut").name == "iteration-000002"
     train.main(["--resume", str(tmp_path / "cut")])
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
 
 
-def test_several_gpus_are_all_taken_and_given_time_to_save(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
-    started = []
-    monkeypatch.setattr(train.os, "execv", lambda program, command: started.append(command))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "paper"])
-    train.launch_on_all_gpus(train.Config(model="toy"))
-    assert not started
-    train.launch_on_all_gpus(train.Config(model="a/b"))
-    assert "--nproc-per-node=4" in started[0] and started[0][-3:] == ["train.py", "--preset", "paper"]
-    assert int(train.os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 3600
-
-
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "train.py", "--runs", str(tmp_path), "--name", "cut", *SMALL, "--updates", "10000"]
+    command = [sys.executable, "train.py", "--runs", str(tmp_path), "--name", "cut", *SMALL, "--iterations", "10000"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     log = tmp_path / "cut" / "metrics.jsonl"
     deadline = time.time() + 90
@@ -123,58 +113,26 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=60)
-    done = lines_of(tmp_path / "cut")[-1]["update"]
+    done = lines_of(tmp_path / "cut")[-1]["iteration"]
     assert process.returncode == 0 and f"go on with: python train.py --resume {tmp_path / 'cut'}" in shown
-    assert checkpoint.latest(tmp_path / "cut").name == f"update-{done:06d}"
-    train.main(["--resume", str(tmp_path / "cut"), "--updates", str(done + 1)])
-    assert lines_of(tmp_path / "cut")[-1]["update"] == done + 1
-
-
-def test_dry_run_prints_the_arithmetic_and_touches_nothing(tmp_path, capsys):
-    train.main(["--dry-run", "--runs", str(tmp_path / "none")])
-    shown = capsys.readouterr().out
-    assert "128 = 8 prompts × 16" in shown and "9 of 10" in shown and '"learning_rate": 0.0002' in shown
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--etaa", "0.5"], "unrecognized arguments: --etaa"),
-        (["--sde", "cps"], "unrecognized arguments"),  # no abbreviations either
-        (["--sde_type", "ddpm"], "invalid choice: 'ddpm'"),
-        (["--eta", "1.5", "--sde_type", "cps"], "eta must lie in [0, 1] for cps"),
-        (["--eta", "0"], "eta must be positive"),
-        (["--num_steps", "0"], "num_steps must be at least 1"),
-        (["--num_steps", "1"], "a rollout needs a stochastic step: got none of 1"),
-        (["--group_size", "1"], "group_size must be at least 2, for samples to be compared with: got 1"),
-        (["--gpus", "8"], "--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run"),
-        (["--group_size", "6"], "group_size must divide batch_size × ranks: got 6 and 128 × 1"),
-        (["--accumulation", "2"], "accumulation must divide the micro-batches"),
-        (["--learning_rate", "-1"], "learning_rate must be positive"),
-        (["--updates", "0"], "updates must be at least 1"),
-        (["--max_failed_rewards", "1"], "max_failed_rewards is a share in [0, 1)"),
-        (["--resume", "nowhere"], "--resume must name a run folder with a config.json: got nowhere"),
-    ],
-)
-def test_settings_are_refused_before_any_work(options, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(options)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert checkpoint.latest(tmp_path / "cut").name == f"iteration-{done:06d}"
+    train.main(["--resume", str(tmp_path / "cut"), "--iterations", str(done + 1)])
+    assert lines_of(tmp_path / "cut")[-1]["iteration"] == done + 1
 
 
 def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
-    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--updates", "1"])
+    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--iterations", "1"])
     run = tmp_path / "run"
     with pytest.raises(SystemExit):
         train.main(["--resume", str(run), "--eta", "0.7"])
-    assert "only --updates may change: got eta" in capsys.readouterr().err
+    assert "only --iterations may change: got eta" in capsys.readouterr().err
     config = json.loads((run / "config.json").read_text())
-    train.main(["--resume", str(run), "--updates", "2"])
+    train.main(["--resume", str(run), "--iterations", "2"])
     for settings, message in (
         (json.dumps(config | {"warp": 9}), "settings that this version does not know: warp"),
-        (json.dumps(config), "updates must be at least those that the run has made: got 1, it has made 2"),
-        (json.dumps(config | {"updates": 2, "eta": "high"}), "eta must be of type float: got 'high'"),
+        (json.dumps(config), "iterations must be at least those that the run has made: got 1, it has made 2"),
+        (json.dumps(config | {"iterations": 2, "eta": "high"}), "eta must be of type float: got 'high'"),
+        (json.dumps(config | {"accumulation": 1}), "finish that run with the version that began it, or start anew"),
         ("{", "config.json must be the JSON that the run wrote"),
     ):
         (run / "config.json").write_text(settings)
@@ -184,7 +142,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
 
 
 def test_a_run_that_was_killed_before_its_pictures_makes_them_on_resume(tmp_path):
-    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--updates", "1"])
+    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--iterations", "1"])
     for name in ("samples_after.npy", "samples_before_after.gif"):
         (tmp_path / "run" / name).unlink()
     train.main(["--resume", str(tmp_path / "run")])
@@ -192,21 +150,89 @@ def test_a_run_that_was_killed_before_its_pictures_makes_them_on_resume(tmp_path
 
 
 def test_a_save_that_was_killed_is_not_read(tmp_path):
-    (tmp_path / "checkpoints" / "tmp-update-000009").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "tmp-iteration-000009").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="must hold a complete checkpoint"):
         checkpoint.latest(tmp_path)
 
 
-def test_help_explains_every_setting(capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "η, exploration scale; at most 1 for cps [released code: 0.5] (default 0.5)" in shown and "[paper: 1e-4]" in shown
-    assert "no weight decay [paper: 1e-5] (default 1e-05; toy 0.0002; tiny 0.0001)" in shown
-
-
-def test_draws_do_not_repeat():
+def test_prompts_are_drawn_without_gaps():
     first = train.draw_prompts(list("abcdef"), 4, 0, 0) + train.draw_prompts(list("abcdef"), 4, 0, 1)
     assert sorted(first[:6]) == list("abcdef")
-    a, b, c = (torch.randn(3, generator=train.generator(*key)) for key in ((0, "noise", 1), (0, "noise", 1), (0, "noise", 2)))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_no_two_draws_of_a_run_share_their_noise(tmp_path, monkeypatch):
+    """Every sample of every iteration, and each purpose, has a generator of its own; the same on each start of the run."""
+    seeds = {"noise": [], "order": []}
+    collect, update = train.collect, train.update
+
+    def seen_by_collect(policy, reward, texts, sde, noise, *rest):
+        seeds["noise"].append([generator.initial_seed() for generator in noise])
+        return collect(policy, reward, texts, sde, noise, *rest)
+
+    def seen_by_update(policy, batch, config, optimizers, anchor, orders, *rest):
+        seeds["order"].append([generator.initial_seed() for generator in orders])
+        return update(policy, batch, config, optimizers, anchor, orders, *rest)
+
+    monkeypatch.setattr(train, "collect", seen_by_collect)
+    monkeypatch.setattr(train, "update", seen_by_update)
+    for name in ("a", "b"):
+        train.main(["--runs", str(tmp_path), *SMALL, "--name", name, "--iterations", "3"])
+    assert seeds["noise"][:3] == seeds["noise"][3:] and seeds["order"][:3] == seeds["order"][3:]
+    drawn = [seed for purpose in seeds.values() for iteration in purpose[:3] for seed in iteration]
+    assert len(drawn) == len(set(drawn)) == 2 * 3 * 8
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sample_has_the_same_draws_on_any_number_of_ranks(rank):
+    class Ranks(train.OneRank):
+        world = 2
+
+    ranks, whole = Ranks(), train.OneRank()
+    ranks.rank = rank
+    one, half = Config(batch_size=8, group_size=4), Config(batch_size=4, group_size=4)
+    own = slice(4 * rank, 4 * rank + 4)
+    for purpose in ("noise", "order"):
+        of_all = [g.initial_seed() for g in train.sample_generators(one, purpose, 5, whole)]
+        assert [g.initial_seed() for g in train.sample_generators(half, purpose, 5, ranks)] == of_all[own]
+    prompts = list("abcdefg")
+    assert train.own_prompts(prompts, half, 3, ranks) == train.own_prompts(prompts, one, 3, whole)[own]
+
+
+# ---------------------------------------------------------------------------------------------- optimizers
+def matrices_with_full_rank_gradients():
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(32, 32) for _ in range(2)])})
+    x, y = torch.randn(2, 256, 32)
+    (module["blocks"][1](module["blocks"][0](x).tanh()) - y).square().mean().backward()
+    return module
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_muon_takes_orthogonal_steps_of_adamws_size(weight_decay):
+    """Newton–Schulz makes all singular values of a step about 1; 0.2·√32 scales its RMS to 0.2, that of AdamW's steps."""
+    module = matrices_with_full_rank_gradients()
+    optimizers = train.make_optimizers(module, Config(optimizer="muon", learning_rate=1e-2, weight_decay=weight_decay))
+    assert [type(optimizer).__name__ for optimizer in optimizers] == ["Muon", "AdamW"]
+    assert [len(optimizer.param_groups[0]["params"]) for optimizer in optimizers] == [2, 2]
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, parameter in module.named_parameters():
+        step = before[name] * (1 - 1e-2 * weight_decay) - parameter.detach()
+        if parameter.ndim == 2:
+            values = torch.linalg.svdvals(step / (1e-2 * 0.2 * 32**0.5))
+            of_gradient = torch.linalg.svdvals(parameter.grad)
+            assert 0.3 < values.min() and values.max() < 1.3 and of_gradient.max() > 20 * of_gradient.min()
+        else:  # AdamW's first step is the learning rate times the gradient's sign
+            torch.testing.assert_close(step, 1e-2 * parameter.grad.sign(), rtol=1e-3, atol=1e-6)
+
+
+def test_adamw_takes_all_without_muon_and_a_lora_leaves_it_nothing():
+    module = matrices_with_full_rank_gradients()
+    (only,) = train.make_optimizers(module, Config(weight_decay=0.01))
+    assert isinstance(only, torch.optim.AdamW) and only.defaults["weight_decay"] == 0.01
+    assert len(only.param_groups[0]["params"]) == 4
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.endswith("weight"))  # as of a LoRA: matrices alone
+    (only,) = train.make_optimizers(module, Config(optimizer="muon"))
+    assert isinstance(only, torch.optim.Muon)

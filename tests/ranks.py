@@ -1,0 +1,86 @@
+"""Run by test_ranks.py under torch.distributed.run: the arguments of several train.py runs, separated by `/`.
+
+`muon-step FILE` in place of a run: one step of Muon on matrices whose gradients have full rank; see muon_step.
+
+Ranks are compared by rewards that do not depend on the videos. A reward sees uint8 pixels; one rank and two decode in
+batches of other shapes, a matrix product then rounds its last bits otherwise, a pixel at the edge between two values goes
+to the other one, and a reward model turns that into a difference of 1e-3. What is compared here is the algorithm.
+"""
+
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+import grpo
+import train
+from config import Config
+
+FAILED_PLACE = 2  # the sample that fails in runs whose name says so, by its place among all ranks' samples
+
+
+def rewards_by_place(config, steps_made, first, videos, prompts):
+    """Scores of a table, by a sample's place among those of all ranks and the optimizer steps made so far."""
+    generator = torch.Generator().manual_seed(steps_made)
+    table = torch.randn(3, 16, generator=generator)
+    if "failed" in config.name:
+        table[:, FAILED_PLACE] = torch.nan
+    own = table[:, first : first + len(prompts)]
+    return {"VQ": own[0], "MQ": own[1], "TA": own[2]}
+
+
+def collect_with_rewards_by_place(policy, reward, prompts, sde, generators, config, steps_made, ranks, callback):
+    """grpo.collect with that table in place of the reward model."""
+    by_place = partial(rewards_by_place, config, steps_made, ranks.rank * config.batch_size)
+    return grpo.collect(policy, by_place, prompts, sde, generators, config, steps_made, ranks, callback)
+
+
+def full_rank_module():
+    """Three weights and a batch of 256 for the middle one and its neighbours: the gradients have full rank."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(32, 48), torch.nn.Linear(48, 48), torch.nn.Linear(48, 33)]
+    return torch.nn.ModuleDict({"blocks": torch.nn.Sequential(*layers)}), torch.randn(256, 32), torch.randn(256, 33)
+
+
+def muon_step(file, world=1, rank=0):
+    """Save {name: step of the weight} of one optimizer step, sharded over the ranks, each with its share of the batch."""
+    module, x, y = full_rank_module()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    if world > 1:
+        for layer in module["blocks"]:
+            fully_shard(layer)
+        fully_shard(module)
+    optimizers = train.make_optimizers(module, Config(optimizer="muon", learning_rate=1e-2))
+    share = slice(rank * 256 // world, (rank + 1) * 256 // world)
+    (module["blocks"](x[share]) - y[share]).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    after = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        torch.save({name: after[name] - before[name] for name in before}, file)
+
+
+def main(arguments):
+    torch.set_num_threads(1)
+    train.collect = collect_with_rewards_by_place
+    runs = [[]]
+    for argument in arguments:
+        if argument == "/":
+            runs.append([])
+        else:
+            runs[-1].append(argument)
+    for run in runs:
+        if run[0] == "muon-step":
+            dist.init_process_group("gloo")
+            muon_step(run[1], dist.get_world_size(), dist.get_rank())
+        else:
+            train.main(run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,178 @@
+"""Two FSDP2 ranks against one, on the real classes with tiny random weights: full, LoRA, Muon, bf16, resumed.
+
+All comparisons are of runs with two optimizer steps per iteration at a learning rate so high that every compared number
+stands far above its tolerance. The rewards do not depend on rounding: see ranks.py. A tolerance is relative to the largest
+value that the compared number takes in the run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+import train
+
+ROOT = Path(train.__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+COMPARED = ("policy_loss", "kl_velocity", "kl_position", "ratio_mean", "ratio_min", "grad_norm")
+
+LORA = ["--lora_rank", "4", "--learning_rate", "3e-2"]
+OFFLOADED = ["--anchor_offload", "--max_failed_rewards", "0.3", "--stepwise_kl", "rollout_phase"]
+MUON = ["--optimizer", "muon", "--weight_decay", "0.01"]
+BF16 = ["--compute_dtype", "bfloat16", "--iterations", "2"]
+
+
+def options(folder, name, world, *extra):
+    """A run of one group of 4 samples per iteration, which spans both ranks, in micro-batches of one sample."""
+    return [
+        *("--preset", "tiny", "--runs", str(folder), "--name", name),
+        *("--batch_size", str(4 // world), "--micro_batch", "1", "--num_steps", "2", "--optimizer_steps", "2"),
+        *("--learning_rate", "3e-3", "--stepwise_kl", "closed_form", "--anchor_every", "4", "--kl_lambda", "1"),
+        *("--kl_schedule", "fixed", "--iterations", "3", "--eval_every", "100", "--eval_steps", "1", "--checkpoint_every", "3"),
+        *extra,
+    ]
+
+
+KINDS = {"full": [], "lora": LORA, "failed-offloaded": OFFLOADED, "muon": MUON}
+# Rounding alone reaches 3e-5 (measured); Muon's Newton–Schulz iteration runs in bf16 and amplifies it to 1e-3.
+TOLERANCE = {"full": 1e-3, "lora": 1e-3, "failed-offloaded": 1e-3, "muon": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each kind by one rank and by two; two ranks then resume their own full run; and two in bf16, with three evaluation
+    prompts, so that one rank makes a video again."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "three.txt").write_text("a cat\na dog\na boat\n")
+    bf16 = [*BF16, "--eval_prompts", str(folder / "three.txt")]
+    plan = [options(folder, f"{kind}-2", 2, *extra) for kind, extra in KINDS.items()]
+    plan += [options(folder, "parts-2", 2, "--iterations", "2"), ["--resume", str(folder / "parts-2"), "--iterations", "3"]]
+    plan += [options(folder, "bf16-full", 2, *bf16), options(folder, "bf16-lora", 2, *LORA, *bf16)]
+    arguments = ["muon-step", str(folder / "muon-step.pt")]
+    for run in plan:
+        arguments = [*arguments, "/", *run]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/ranks.py"]
+    single = []
+    for kind, extra in KINDS.items():
+        single += [*options(folder, f"{kind}-1", 1, *extra), "/"]
+    with open(folder / "two", "w") as two, open(folder / "one", "w") as one:
+        process = subprocess.Popen([*launch, *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=two, stderr=subprocess.STDOUT)
+        command = [sys.executable, "tests/ranks.py", *single[:-1]]
+        alone = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=one, stderr=subprocess.STDOUT)
+        assert process.wait(timeout=300) == 0, (folder / "two").read_text()[-3000:]
+    assert alone.returncode == 0, (folder / "one").read_text()[-3000:]
+    return folder
+
+
+@pytest.fixture
+def on_one_rank(monkeypatch):
+    monkeypatch.setattr(train, "collect", ranks.collect_with_rewards_by_place)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def training(line):
+    """What a line of the log says about training, without times."""
+    return {name: value for name, value in line.items() if not name.endswith("_seconds") and not name.startswith("eval_")}
+
+
+def curve(log, name):
+    """A number over the iterations of a run; of a ratio its distance from 1."""
+    values = [line[name] for line in log if name in line]
+    return torch.tensor(values, dtype=torch.float64) - (1 if name.startswith("ratio") else 0)
+
+
+def deviation(a, b, name):
+    """Largest difference of two curves, relative to the largest value of the first."""
+    first, second = curve(a, name), curve(b, name)
+    return ((first - second).abs().max() / first.abs().max()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one(runs, kind):
+    one, two = lines_of(runs / f"{kind}-1"), lines_of(runs / f"{kind}-2")
+    assert len(one) == len(two) == 4
+    for name in COMPARED:
+        assert deviation(one, two, name) < TOLERANCE[kind], name
+        assert curve(one, name).abs().max() > 1e-4, name  # what was compared is not rounding
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert b["reward_mean"] == pytest.approx(a["reward_mean"], rel=1e-6)
+        assert b["reward_failed"] == a["reward_failed"] == (0.25 if "failed" in kind else 0)
+        assert a["rollout_passes"] == 4 * 2 * 2 and b["rollout_passes"] == 2 * 2 * 2  # samples × steps × guidance
+    # In the second iteration the anchor is neither the policy nor the rollout's policy; before the third it is refreshed.
+    assert [line["update_passes"] for line in two[1:]] == [8, 16, 8]
+    assert two[2]["kl_position"] != pytest.approx(two[2]["kl_velocity"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_ranks_in_bf16(runs, kind):
+    """The paper's compute_dtype beside float32.
+
+    Of a LoRA the gradient norm alone is compared: its gradients are small, AdamW's first steps have the size of the learning
+    rate whatever the gradient, and where rounding turns a gradient's sign they go the other way.
+    """
+    exact, rounded = lines_of(runs / f"{kind}-2")[:3], lines_of(runs / f"bf16-{kind}")
+    assert len(rounded) == 3 and rounded[-1]["reward_failed"] == 0
+    for name in COMPARED if kind == "full" else ("grad_norm",):
+        assert 0 < deviation(exact, rounded, name) < 0.15, name  # not 0: it was computed in bf16
+    videos = sorted(path.name for path in (runs / f"bf16-{kind}" / "eval" / "iteration-000002").iterdir())
+    assert videos == ["000.mp4", "001.mp4", "002.mp4", "contact_sheet.png"]
+
+
+def test_two_ranks_resume_bit_for_bit(runs):
+    whole, parts = lines_of(runs / "full-2"), lines_of(runs / "parts-2")
+    assert [training(line) for line in whole] == [training(line) for line in parts]
+
+
+@pytest.mark.parametrize("kind", ["full", "muon"])
+def test_one_rank_resumes_the_checkpoint_of_two(runs, kind, on_one_rank):
+    """batch_size counts samples per rank, so a run on fewer ranks needs the setting that keeps its groups whole."""
+    settings = json.loads((runs / f"{kind}-2" / "config.json").read_text())
+    (runs / f"{kind}-2" / "config.json").write_text(json.dumps(settings | {"batch_size": 4}))
+    train.main(["--resume", str(runs / f"{kind}-2"), "--iterations", "4"])
+    train.main(["--resume", str(runs / f"{kind}-1"), "--iterations", "4"])
+    one, two = lines_of(runs / f"{kind}-1"), lines_of(runs / f"{kind}-2")
+    assert len(one) == len(two) == 5
+    for name in COMPARED:
+        assert deviation(one, two, name) < TOLERANCE[kind], name
+
+
+def test_another_number_of_ranks_can_export(runs, tmp_path):
+    """lora-2 holds two samples per rank, of a group of 4: as a run it needs two ranks, as an export any number."""
+    settings = json.loads((runs / "lora-2" / "config.json").read_text())
+    assert settings["batch_size"] == 2
+    train.main(["--resume", str(runs / "lora-2"), "--export", str(tmp_path)])
+    assert (tmp_path / "pytorch_lora_weights.safetensors").stat().st_size > 0
+    assert json.loads((runs / "lora-2" / "config.json").read_text()) == settings
+
+
+def test_two_ranks_take_the_muon_step_of_one(runs, tmp_path):
+    """On gradients of full rank, relative to the norm of each step. Newton–Schulz in bf16 rounds up to 5% (measured over 20
+    seeds). The control is what a rank would get that orthogonalised its own rows alone: 40% and more."""
+    ranks.muon_step(tmp_path / "one.pt")
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(runs / "muon-step.pt")
+    module, x, y = ranks.full_rank_module()
+    (module["blocks"](x) - y).square().mean().backward()
+    for name, parameter in module.named_parameters():
+        if parameter.ndim != 2:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-6)  # AdamW's
+            continue
+        assert (two[name] - one[name]).norm() < 0.1 * one[name].norm()
+        halves = []
+        for gradient in parameter.grad.chunk(2):
+            half = torch.nn.Parameter(torch.zeros_like(gradient))
+            half.grad = gradient.clone()
+            torch.optim.Muon([half], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+            halves.append(half.detach())
+        assert (torch.cat(halves) - one[name]).norm() > 0.3 * one[name].norm()
