@@ -55,6 +55,7 @@ class VideoAlign:
         state = torch.load(checkpoint / "model.pth", map_location="cpu", weights_only=True, mmap=True)
         load_weights(self.module, state, settings["lora_r"], settings["lora_alpha"])
         self.module.requires_grad_(False).eval()
+        settle_cos_and_sin()
 
     def __call__(self, videos, prompts, fps=None):
         """Videos uint8 [B, F, C, H, W] and B prompts -> {"VQ": [B], "MQ": [B], "TA": [B]}, normalised, float32."""
@@ -148,6 +149,18 @@ def build_module(folder, output_dim, video_id, device):
         # The official code's .to(bfloat16) rounds the rotary frequencies too. Exact ones move scores by 0.013.
         rope.inv_freq = rope.original_inv_freq = type(rope)(rope.config).inv_freq.bfloat16().to(device, torch.float32)
     return module
+
+
+def settle_cos_and_sin():
+    """Call cos and sin on one number, so that the rotary embeddings are exact from the first batch on.
+
+    On the CPU, PyTorch takes float32 cos and sin from oneMKL, which chooses a kernel at a function's first call. When two
+    threads make that call together, one of them may run a kernel with errors of 1.5e-4 (seen with torch 2.13 and its oneMKL
+    2024.2), and the scores of a process's first batch are wrong by 3e-4. A call on one number runs in a single thread.
+    """
+    number = torch.zeros(1)
+    number.cos()
+    number.sin()
 
 
 def load_weights(module, state, rank, alpha):
