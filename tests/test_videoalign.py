@@ -76,6 +76,15 @@ def reference_logits(folder, scorer, video, prompt, rounded=True, mrope=False):
     return hidden[torch.isin(ids, torch.tensor(scorer.reward_ids))] @ head.T
 
 
+def assert_same_scores(actual, expected):
+    """Equal up to float32 rounding, which grows with the scores: 5e-5 of the largest one.
+
+    Rounding alone gives up to 6e-6, over 6 seeds and 3 instruction sets. The smallest fault that these tests are about, LoRA
+    merged in bf16, gives 1e-2, and cos off by 1.5e-4 in one thread gives 2e-4.
+    """
+    torch.testing.assert_close(actual, expected, atol=5e-5 * expected.abs().max().item(), rtol=0)
+
+
 def first_logits(scorer):
     return scorer.logits([scorer.prepare(VIDEOS[0], PROMPTS[0], 24)])[0]
 
@@ -87,18 +96,18 @@ def test_padded_batch_equals_reference_one_by_one(folders, repo, output_dim):
     for video, prompt, row in zip(VIDEOS, PROMPTS, together):
         expected = reference_logits(folders[output_dim], scorer, video, prompt)  # [3, output_dim]
         expected = expected[:, 0] if output_dim == 1 else expected.diagonal()
-        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+        assert_same_scores(row, expected)
     assert (together[0] - together[1]).abs().min() > 1e-3  # the scores do depend on the video
 
 
 def test_scores_are_normalised_logits_in_any_batch(folders, repo, scorer):
     scores = VideoAlign(folders[1], repo, batch_size=2)(VIDEOS, PROMPTS)
-    for i, (video, prompt) in enumerate(zip(VIDEOS, PROMPTS)):
-        raw = scorer.logits([scorer.prepare(video, prompt, 24)])[0]
-        published = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
-        for value, (name, (mean, std)) in zip(raw, published.items()):
-            assert scores[name].dtype == torch.float32 and scores[name].shape == (3,)
-            assert scores[name][i].item() == pytest.approx((value.item() - mean) / std, abs=1e-5)
+    raw = torch.cat([scorer.logits([scorer.prepare(video, prompt, 24)]) for video, prompt in zip(VIDEOS, PROMPTS)])  # [3, 3]
+    published = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
+    assert list(scores) == list(published)
+    for dimension, (name, (mean, std)) in enumerate(published.items()):
+        assert scores[name].dtype == torch.float32
+        assert_same_scores(scores[name], (raw[:, dimension] - mean) / std)
 
 
 def test_prompt_reaches_the_model_in_the_template(scorer):
@@ -115,8 +124,8 @@ def test_prompt_reaches_the_model_in_the_template(scorer):
 def test_trap_1_positions_are_one_dimensional(folders, scorer):
     ours = first_logits(scorer)
     mrope = reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0], mrope=True)[:, 0]
-    torch.testing.assert_close(ours, reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0])[:, 0], atol=1e-5, rtol=0)
-    assert (ours - mrope).abs().max() > 1e-2
+    assert_same_scores(ours, reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0])[:, 0])
+    assert (ours - mrope).abs().max() > 0.1
 
 
 def test_trap_2_rotary_frequencies_are_rounded_to_bf16(folders, scorer):
@@ -125,7 +134,7 @@ def test_trap_2_rotary_frequencies_are_rounded_to_bf16(folders, scorer):
     assert (ours - exact).abs().max() > 1e-3
     model = scorer.module["model"]
     for rope, theta in ((model.language_model.rotary_emb, 1e6), (model.visual.rotary_pos_emb, 1e4)):  # both of width 8
-        frequencies = theta ** -(torch.arange(0, 8, 2) / 8)
+        frequencies = theta ** -(torch.arange(0, 8, 2).double() / 8)
         assert rope.inv_freq.dtype == torch.float32 and rope.inv_freq.equal(frequencies.bfloat16().float())
 
 
@@ -142,11 +151,12 @@ def test_trap_4_lora_is_merged_and_scored_in_fp32(folders, scorer):
     base, a, b = (state[Q_PROJ + part] for part in (BASE, LORA_A, LORA_B))
     merged = scorer.module["model"].language_model.layers[0].self_attn.q_proj.weight
     expected = base.double() + LORA_ALPHA / LORA_RANK * b.double() @ a.double()
-    torch.testing.assert_close(merged.double(), expected, atol=1e-6, rtol=0)
-    assert (merged.double() - expected.bfloat16().double()).abs().max() > 1e-4  # what a merge in bf16 would give
-    scores = scorer(VIDEOS[:1], PROMPTS[:1])
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(merged.double(), expected, atol=1e-6 * largest, rtol=0)
+    assert (merged.double() - expected.bfloat16().double()).abs().max() > 1e-3 * largest  # what a merge in bf16 would give
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert scorer(VIDEOS[:1], PROMPTS[:1]) == scores
+        under_autocast = first_logits(scorer)
+    assert_same_scores(under_autocast, first_logits(scorer))
 
 
 def edit(*keys, shape=None):
@@ -200,7 +210,7 @@ def test_newest_checkpoint_is_taken(copy, repo, scorer):
     old = shutil.copytree(copy / "checkpoint-1", copy / "checkpoint-9")
     (old / "model.pth").write_text("not a checkpoint")
     shutil.move(copy / "checkpoint-1", copy / "checkpoint-10")
-    assert VideoAlign(copy, repo)(VIDEOS[:1], PROMPTS[:1]) == scorer(VIDEOS[:1], PROMPTS[:1])
+    assert_same_scores(first_logits(VideoAlign(copy, repo)), first_logits(scorer))
 
 
 def test_tokenizer_without_the_reward_tokens(copy, repo):
@@ -247,7 +257,7 @@ def test_patches_of_a_still_equal_the_stock_processor():
     stock = Qwen2VLImageProcessorPil(do_resize=False)(image.numpy(), return_tensors="pt")
     patches, grid = videoalign.patchify(image.float().expand(2, -1, -1, -1))
     assert grid.tolist() == stock["image_grid_thw"][0].tolist()
-    torch.testing.assert_close(patches, stock["pixel_values"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(patches, stock["pixel_values"], atol=2e-6, rtol=0)  # pixels within ±2.7; one grey level is 0.015
 
 
 def test_patches_of_a_video_keep_the_order_of_frames(scorer):
@@ -259,7 +269,8 @@ def test_patches_of_a_video_keep_the_order_of_frames(scorer):
     slid = embed.proj(((frames / 255 - mean) / std).transpose(0, 1)[None])[0]  # [D, 2, 4, 6]
     slid = slid.unflatten(2, (2, 2)).unflatten(4, (3, 2)).permute(1, 2, 4, 3, 5, 0)  # [t, h, w, 2, 2, D]
     assert grid.tolist() == [2, 4, 6]
-    torch.testing.assert_close(embed(patches), slid.reshape(48, -1), atol=1e-4, rtol=0)
+    expected = slid.reshape(48, -1)
+    torch.testing.assert_close(embed(patches), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
 def test_a_failed_sample_is_nan_with_its_cause(scorer):
@@ -269,7 +280,7 @@ def test_a_failed_sample_is_nan_with_its_cause(scorer):
     assert scorer.failures == []
     for name, values in scores.items():
         assert values.isnan().tolist() == [True, True, False]
-        assert values[2].item() == pytest.approx(alone[name].item(), abs=1e-5)
+        assert_same_scores(values[2:], alone[name])
 
 
 def test_scores_that_are_not_finite_and_single_frames_fail(scorer, monkeypatch):
@@ -331,7 +342,7 @@ def test_command(folders, repo, scorer, tmp_path, monkeypatch, capsys):
     rows = run("a cat", "<|VQ_reward|>")
     expected = scorer(read_video(paths[0])[0][None], ["a cat"])
     assert [row["video"] for row in rows] == paths and rows[0]["failures"] == []
-    assert rows[0]["TA"] == pytest.approx(expected["TA"].item(), abs=1e-5)
+    assert rows[0]["TA"] == pytest.approx(expected["TA"].item(), rel=5e-5)
     assert rows[0]["Overall"] == pytest.approx(rows[0]["VQ"] + rows[0]["MQ"] + rows[0]["TA"])
     assert rows[1]["VQ"] is None and "reward token" in rows[1]["failures"][0]
     table = capsys.readouterr().out
@@ -340,7 +351,7 @@ def test_command(folders, repo, scorer, tmp_path, monkeypatch, capsys):
     rows = run("a dog")  # one prompt for all, and each file's own frame rate
     monkeypatch.setattr(scorer, "fps", 8)
     expected = scorer(read_video(paths[1])[0][None], ["a dog"])
-    assert rows[1]["prompt"] == "a dog" and rows[1]["MQ"] == pytest.approx(expected["MQ"].item(), abs=1e-5)
+    assert rows[1]["prompt"] == "a dog" and rows[1]["MQ"] == pytest.approx(expected["MQ"].item(), rel=5e-5)
     with pytest.raises(SystemExit):
         run("one", "two", "three")
     assert "must have 1 or 2 (videos) lines" in capsys.readouterr().err
