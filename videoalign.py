@@ -235,6 +235,7 @@ def build_module(folder, output_dim, video_id, device):
         head = torch.nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
     module = torch.nn.ModuleDict({"model": model, "rm_head": head}).to_empty(device=device)
     set_rotary_frequencies(module, device)
+    check_buffers(module)
     return module
 
 
@@ -262,6 +263,16 @@ def set_rotary_frequencies(module, device):
         rounded = exact.bfloat16().to(device, torch.float32)
         rope.inv_freq = rounded
         rope.original_inv_freq = rounded
+
+
+def check_buffers(module):
+    """A buffer outside the state dict is filled by no checkpoint. If another version of transformers has one that we do
+    not know, it would stay undefined and silently produce wrong scores."""
+    saved = module.state_dict().keys()
+    names = [name for name, _ in module.named_buffers()]
+    undefined = [name for name in names if name not in saved and not name.endswith("inv_freq")]
+    if undefined:
+        raise RuntimeError(f"Qwen2-VL must have no buffers but its rotary frequencies: transformers adds {undefined}")
 
 
 def settle_cos_and_sin():

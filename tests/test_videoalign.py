@@ -247,6 +247,18 @@ def test_keys_of_another_shape(folders, scorer, key, shape, right_shape):
     assert fault == f"1 of another shape: {key} {shape}, not {right_shape}"
 
 
+def test_a_buffer_that_would_stay_undefined(folders, monkeypatch):
+    build = Qwen2VLModel.__init__
+
+    def build_with_a_buffer(self, config):
+        build(self, config)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    monkeypatch.setattr(Qwen2VLModel, "__init__", build_with_a_buffer)
+    with pytest.raises(RuntimeError, match=r"transformers adds \['model.scale'\]"):
+        videoalign.build_module(folders[1], output_dim=1, video_id=5, device="cpu")
+
+
 @pytest.mark.parametrize("part", ["model_config.json", "checkpoint-1/model.pth", "checkpoint-1/tokenizer"])
 def test_missing_parts_of_the_folder(copy, repo, part):
     (copy / part).rename(copy / "elsewhere")
