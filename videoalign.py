@@ -1,6 +1,6 @@
 """VideoAlign as a reward, CLIPScore and PickScore for evaluation, and the mp4 files that they are run on.
 
-Each follows the form of every reward: see rewards.py. `python videoalign.py a.mp4 b.mp4 …` scores files.
+Each has the form of every reward in this project: see rewards.py. `python videoalign.py a.mp4 b.mp4 …` scores files.
 """
 
 import argparse
@@ -16,71 +16,115 @@ DIMENSIONS = ("VQ", "MQ", "TA")
 REWARD_TOKENS = ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"]
 # Qwen2-VL's chat around (video, text), with its default system message; the video is one pad token per merged patch.
 CHAT_HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-CHAT_VIDEO, CHAT_MIDDLE, CHAT_TAIL = "<|video_pad|>", "<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n"
-PATCH, MERGE = 14, 2  # Qwen2-VL: a patch is 14 × 14 pixels of 2 frames; 2 × 2 patches are merged into a token
-PIXEL_MEAN_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's and Qwen2-VL's
+CHAT_VIDEO = "<|video_pad|>"
+CHAT_MIDDLE = "<|vision_end|>"
+CHAT_TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+PATCH = 14  # Qwen2-VL: a patch is 14 × 14 pixels of 2 frames
+MERGE = 2  # 2 × 2 patches are merged into a token
+# Of CLIP and of Qwen2-VL, for red, green and blue.
+PIXEL_MEAN = [0.48145466, 0.4578275, 0.40821073]
+PIXEL_STD = [0.26862954, 0.26130258, 0.27577711]
 MIN_FRAME_PIXELS = 128 * 28 * 28  # 100,352; the upper bound is the checkpoint's max_frame_pixels
-# Sizes of the base model, with three more tokens: the checkpoint has none. A config.json in its folder takes their place.
+# Sizes of the base model, with three more tokens, because the released checkpoint comes without sizes. A config.json in
+# its folder takes the place of these.
 QWEN2_VL_2B = """{"vocab_size": 151660, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
 "num_attention_heads": 12, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
 "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
 "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}}"""
 # Settings of model_config.json that change what a score is, and the values of each that are implemented here.
-IMPLEMENTED = {"sample_type": ["uniform"], "num_frames": [None], "prompt_template_type": ["detailed_special"]}
-IMPLEMENTED |= {"use_special_tokens": [True], "reward_token": ["special"], "output_dim": [1, 3], "use_rslora": [False]}
-# Keys of model.pth, written by transformers 4.45 under PEFT: a plain weight, or a wrapped one beside its LoRA pair.
-KEY = re.compile(r"base_model\.model\.(model|visual|[lr]m_head)(.*?)(\.base_layer|\.lora_[AB]\.default)?\.(weight|bias)")
+IMPLEMENTED = {
+    "sample_type": ["uniform"],
+    "num_frames": [None],
+    "prompt_template_type": ["detailed_special"],
+    "use_special_tokens": [True],
+    "reward_token": ["special"],
+    "output_dim": [1, 3],
+    "use_rslora": [False],
+}
+# A key of model.pth, as transformers 4.45 and PEFT wrote it: prefix, part of the model, layer, kind of tensor, leaf.
+KEY = re.compile(
+    r"base_model\.model\.(model|visual|[lr]m_head)(.*?)(\.base_layer|\.lora_[AB]\.default)?\.(weight|bias)"
+)
+# The kinds: a layer without LoRA has a plain tensor; a layer with LoRA has its base tensor and the pair A, B.
+PLAIN, BASE, LORA_A, LORA_B = "", ".base_layer", ".lora_A.default", ".lora_B.default"
+# Where the parts of the model are in transformers 5.
+NEW_NAMES = {"model": "model.language_model", "visual": "model.visual", "lm_head": "lm_head", "rm_head": "rm_head"}
 
 
 class VideoAlign:
     """The reward function of VideoAlign (KwaiVGI/VideoReward): frozen, in fp32, on the classes of transformers 5.
 
     folder: its checkpoint, with model_config.json and checkpoint-<N>/{model.pth, tokenizer/}.
-    repo: a clone of its code, for the prompt template. fps: frame rate of the videos. failures: the cause of every NaN.
+    repo: a clone of its code, for the prompt template. fps: frame rate of the videos.
+    failures: one line for each sample of the last call that got NaN, with the cause.
     """
 
     def __init__(self, folder, repo, device="cpu", batch_size=4, fps=24):
-        from transformers import AutoTokenizer
-
-        self.device, self.batch_size, self.fps, self.failures = torch.device(device), batch_size, fps, []
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.fps = fps
+        self.failures = []
         self.template = read_template(repo)
         settings, checkpoint = read_checkpoint(Path(folder))
-        self.sample_fps, self.max_pixels = settings["fps"], settings["max_frame_pixels"]
-        self.mean, self.std = (torch.tensor([settings[f"{name}_{of}"] for name in DIMENSIONS]) for of in ("mean", "std"))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer", local_files_only=True)
-        if lacking := {*REWARD_TOKENS, CHAT_VIDEO} - self.tokenizer.get_vocab().keys():
-            raise ValueError(f"{checkpoint / 'tokenizer'} must be VideoAlign's own tokenizer: it lacks {sorted(lacking)}")
-        *self.reward_ids, self.video_id = self.tokenizer.convert_tokens_to_ids([*REWARD_TOKENS, CHAT_VIDEO])
+        self.sample_fps = settings["fps"]
+        self.max_pixels = settings["max_frame_pixels"]
+        self.mean = torch.tensor([settings[f"{name}_mean"] for name in DIMENSIONS])
+        self.std = torch.tensor([settings[f"{name}_std"] for name in DIMENSIONS])
+        self.tokenizer = load_tokenizer(checkpoint / "tokenizer")
+        self.reward_ids = self.tokenizer.convert_tokens_to_ids(REWARD_TOKENS)
+        self.video_id = self.tokenizer.convert_tokens_to_ids(CHAT_VIDEO)
         self.module = build_module(Path(folder), settings["output_dim"], self.video_id, self.device)
         state = torch.load(checkpoint / "model.pth", map_location="cpu", weights_only=True, mmap=True)
         load_weights(self.module, state, settings["lora_r"], settings["lora_alpha"])
         self.module.requires_grad_(False).eval()
+        settle_cos_and_sin()
 
     def __call__(self, videos, prompts, fps=None):
         """Videos uint8 [B, F, C, H, W] and B prompts -> {"VQ": [B], "MQ": [B], "TA": [B]}, normalised, float32."""
         check_videos(videos, prompts)
-        scores, self.failures = torch.full((len(prompts), 3), torch.nan), []  # [B, 3]
+        frame_rate = fps or self.fps
+        self.failures = []
+        scores = torch.full((len(prompts), 3), torch.nan)  # raw [B, 3]
         for start in range(0, len(prompts), self.batch_size):
-            samples = {}
-            for i in range(start, min(start + self.batch_size, len(prompts))):
-                try:
-                    samples[i] = self.prepare(videos[i], prompts[i], fps or self.fps)
-                except ValueError as error:  # this sample's own fault; any other error is the set-up's and stops the run
-                    self.failures.append(f"sample {i}: {error}")
+            stop = min(start + self.batch_size, len(prompts))
+            samples = self.prepare_batch(videos, prompts, range(start, stop), frame_rate)
             if samples:
-                logits = self.logits(list(samples.values())).cpu()
-                scores[list(samples)] = logits.where(logits.isfinite().all(1, keepdim=True), torch.nan)
-                self.failures += [f"sample {i}: its score is not finite" for i in samples if scores[i].isnan().any()]
-        return dict(zip(DIMENSIONS, ((scores - self.mean) / self.std).to(videos.device).unbind(1)))
+                rows = list(samples)
+                scores[rows] = self.finite_logits(samples)
+        normalised = (scores - self.mean) / self.std
+        return dict(zip(DIMENSIONS, normalised.to(videos.device).unbind(1)))
+
+    def prepare_batch(self, videos, prompts, indices, fps):
+        """-> {index: prepared sample} of those that can be scored; the cause for the others goes to failures."""
+        samples = {}
+        for i in indices:
+            try:
+                samples[i] = self.prepare(videos[i], prompts[i], fps)
+            except ValueError as error:  # the fault of this sample; any other error is the set-up's and stops the run
+                self.failures.append(f"sample {i}: {error}")
+        return samples
+
+    def finite_logits(self, samples):
+        """{index: prepared sample} -> raw scores [B, 3]; all three of a sample are NaN if one of them is not finite."""
+        logits = self.logits(list(samples.values())).cpu()
+        finite = logits.isfinite().all(dim=1)  # one bool for each sample
+        for i, is_finite in zip(samples, finite.tolist()):
+            if not is_finite:
+                self.failures.append(f"sample {i}: its score is not finite")
+        return logits.where(finite[:, None], torch.nan)
 
     def prepare(self, video, prompt, fps):
         """[F, C, H, W] -> (token ids [L], patches [N, 1176], grid [3]); ValueError where it cannot be scored."""
         frames = video[frame_indices(len(video), fps, self.sample_fps)].to(self.device)
         patches, grid = patchify(resize_frames(frames, self.max_pixels))
-        tokens = len(patches) // MERGE**2
-        text = CHAT_HEAD + CHAT_VIDEO * tokens + CHAT_MIDDLE + self.template.format(text_prompt=prompt) + CHAT_TAIL
+        video_tokens = len(patches) // MERGE**2
+        question = self.template.format(text_prompt=prompt)
+        text = CHAT_HEAD + CHAT_VIDEO * video_tokens + CHAT_MIDDLE + question + CHAT_TAIL
         ids = self.tokenizer(text, return_tensors="pt").input_ids[0].to(self.device)
-        if [(ids == token).sum().item() for token in (*self.reward_ids, self.video_id)] != [1, 1, 1, tokens]:
+        # A special token in the user's prompt would be read as one of ours: scores would be read at the wrong places.
+        found_rewards = torch.isin(ids, torch.tensor(self.reward_ids, device=self.device)).sum().item()
+        found_video = (ids == self.video_id).sum().item()
+        if found_rewards != len(REWARD_TOKENS) or found_video != video_tokens:
             raise ValueError(f"a prompt must not contain {CHAT_VIDEO} or a reward token: got {prompt!r}")
         return ids, patches, grid
 
@@ -88,138 +132,303 @@ class VideoAlign:
     def logits(self, samples):
         """Raw scores [B, 3]: rm_head on the last hidden state at each of the three reward tokens."""
         ids, patches, grids = zip(*samples)
-        # Padded on the right, where attention is causal: no token attends to the padding, so that no mask is needed.
-        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)  # [B, L]
-        # VideoAlign never had M-RoPE, whose positions would move scores by about 0.5: plain 1-D ones on all three axes.
-        positions = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)  # [3, B, L]
+        # Padded on the right, where attention is causal: no token attends to the padding, so no mask is needed.
+        padding = self.tokenizer.pad_token_id
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding)  # [B, L]
+        # VideoAlign uses plain 1-D positions on all three axes. M-RoPE's, the default, would move scores by about 0.5.
+        positions = torch.arange(padded.shape[1], device=self.device).expand(3, *padded.shape)  # [3, B, L]
+        places = [(padded == token).int().argmax(dim=1) for token in self.reward_ids]  # three of [B]
+        where = torch.stack(places, dim=1)[..., None]  # [B, 3, 1]
         with torch.autocast(self.device.type, enabled=False):  # scoring in bf16 moves scores by up to 0.29
-            seen = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.stack(grids)}
-            output = self.module["model"](ids, position_ids=positions, use_cache=False, **seen)
-            where = torch.stack([(ids == token).int().argmax(1) for token in self.reward_ids], 1)[..., None]  # [B, 3, 1]
-            out = self.module["rm_head"](output.last_hidden_state.take_along_dim(where, 1))  # [B, 3, output_dim]
-        return out.squeeze(-1) if out.shape[-1] == 1 else out.diagonal(dim1=1, dim2=2)  # of three outputs, the token's own
+            output = self.module["model"](
+                padded,
+                position_ids=positions,
+                use_cache=False,
+                pixel_values_videos=torch.cat(patches),
+                video_grid_thw=torch.stack(grids),
+            )
+            hidden = output.last_hidden_state.take_along_dim(where, dim=1)  # [B, 3, D]
+            outputs = self.module["rm_head"](hidden)  # [B, 3, output_dim]
+        if outputs.shape[-1] == 1:
+            return outputs.squeeze(-1)
+        return outputs.diagonal(dim1=1, dim2=2)  # of three outputs, the one that belongs to the token
 
 
 def check_videos(videos, prompts):
-    if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[2] != 3 or len(videos) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need uint8 videos [B,F,3,H,W]: got {videos.dtype} {tuple(videos.shape)}")
+    """Every reward model here takes the same arguments."""
+    is_video = videos.dtype == torch.uint8 and videos.ndim == 5 and videos.shape[2] == 3
+    if not is_video or len(videos) != len(prompts):
+        got = f"{videos.dtype} {tuple(videos.shape)}"
+        raise ValueError(f"{len(prompts)} prompts need uint8 videos [B,F,3,H,W]: got {got}")
 
 
 def read_template(repo):
-    """The text put to the model. It must be byte-exact and is VideoAlign's: read (not run) from the user's clone of it."""
-    path, name = Path(repo) / "prompt_template.py", "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
+    """The text put to the model. It must be byte-exact and is VideoAlign's own, so it is read from the user's clone.
+    The file is parsed and not run."""
+    path = Path(repo) / "prompt_template.py"
+    name = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: run `git clone https://github.com/KwaiVGI/VideoAlign` and name that folder")
-    lines = [line for line in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(line, ast.Assign)]
-    template = "".join(ast.literal_eval(line.value) for line in lines if ast.unparse(line.targets[0]) == name)
-    if lacking := [part for part in (*REWARD_TOKENS, "{text_prompt}") if template.count(part) != 1]:
+        clone = "git clone https://github.com/KwaiVGI/VideoAlign"
+        raise FileNotFoundError(f"no {path}: run `{clone}` and name that folder")
+    template = ""
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            template = ast.literal_eval(statement.value)
+    lacking = [part for part in (*REWARD_TOKENS, "{text_prompt}") if template.count(part) != 1]
+    if lacking:
         raise ValueError(f"{name} in {path} must contain each of {lacking} once, as KwaiVGI/VideoAlign's does")
     return template
 
 
 def read_checkpoint(folder):
     """-> (settings of all sections of model_config.json, the checkpoint-<N> folder of the highest N)."""
-    path = folder / "model_config.json"
-    found = {int(model.parent.name.split("-")[1]): model.parent for model in folder.glob("checkpoint-[0-9]*/model.pth")}
-    checkpoint = found[max(found)] if found else folder / "checkpoint-<N>"
-    if absent := [str(part) for part in (path, checkpoint / "model.pth", checkpoint / "tokenizer") if not part.exists()]:
+    settings_file = folder / "model_config.json"
+    checkpoint = newest_checkpoint(folder)
+    needed = [settings_file, checkpoint / "model.pth", checkpoint / "tokenizer"]
+    absent = [str(path) for path in needed if not path.exists()]
+    if absent:
         raise FileNotFoundError(f"{folder} must be a download of KwaiVGI/VideoReward: there is no {', '.join(absent)}")
-    sections = json.loads(path.read_text(encoding="utf-8"))
-    settings = dict(item for of in ("data", "model", "peft_lora", "inference") for item in sections[f"{of}_config"].items())
-    for key, values in IMPLEMENTED.items():
-        if settings.get(key) not in values:
-            raise ValueError(f"{key} must be one of {values}: {path} has {settings.get(key)!r}")
+    settings = read_settings(settings_file)
     return settings, checkpoint
 
 
-def build_module(folder, output_dim, video_id, device):
-    """{"model": Qwen2VLModel, "rm_head": Linear} in fp32, its weights still undefined (drawing them would take minutes)."""
-    from transformers import Qwen2VLConfig, Qwen2VLModel
+def newest_checkpoint(folder):
+    """The checkpoint-<N> of the highest N among those with a model.pth. Without any: a path that does not exist."""
+    by_step = {}
+    for weights in folder.glob("checkpoint-[0-9]*/model.pth"):
+        step = int(weights.parent.name.split("-")[1])
+        by_step[step] = weights.parent
+    if not by_step:
+        return folder / "checkpoint-<N>"
+    return by_step[max(by_step)]
 
-    path = folder / "config.json"
-    config = Qwen2VLConfig(**json.loads(path.read_text(encoding="utf-8") if path.is_file() else QWEN2_VL_2B))
-    config.video_token_id = video_id
-    # Each sub-model is built in the dtype of its own config, and a config.json with torch_dtype sets it to bf16.
-    config.dtype = config.text_config.dtype = config.vision_config.dtype = torch.float32
+
+def read_settings(path):
+    """All sections of model_config.json that a score depends on, in one dict."""
+    sections = json.loads(path.read_text(encoding="utf-8"))
+    settings = {}
+    for section in ("data_config", "model_config", "peft_lora_config", "inference_config"):
+        settings.update(sections[section])
+    for key, values in IMPLEMENTED.items():
+        if settings.get(key) not in values:
+            raise ValueError(f"{key} must be one of {values}: {path} has {settings.get(key)!r}")
+    return settings
+
+
+def load_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    lacking = {*REWARD_TOKENS, CHAT_VIDEO} - tokenizer.get_vocab().keys()
+    if lacking:
+        raise ValueError(f"{folder} must be VideoAlign's own tokenizer: it lacks {sorted(lacking)}")
+    return tokenizer
+
+
+def build_module(folder, output_dim, video_id, device):
+    """{"model": Qwen2VLModel, "rm_head": Linear} in fp32, still undefined: drawing the weights would take minutes."""
+    from transformers import Qwen2VLModel
+
+    config = read_model_config(folder, video_id)
     with torch.device("meta"):
+        model = Qwen2VLModel(config)
         head = torch.nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
-        module = torch.nn.ModuleDict({"model": Qwen2VLModel(config), "rm_head": head}).to_empty(device=device)
-    for rope in [part for part in module.modules() if hasattr(part, "inv_freq")]:
-        # The official code's .to(bfloat16) rounds the rotary frequencies too. Exact ones move scores by 0.013.
-        rope.inv_freq = rope.original_inv_freq = type(rope)(rope.config).inv_freq.bfloat16().to(device, torch.float32)
+    module = torch.nn.ModuleDict({"model": model, "rm_head": head}).to_empty(device=device)
+    set_rotary_frequencies(module, device)
+    check_buffers(module)
     return module
 
 
+def read_model_config(folder, video_id):
+    """The Qwen2VLConfig of the folder's config.json, else of the 2B model, with every part in fp32."""
+    from transformers import Qwen2VLConfig
+
+    path = folder / "config.json"
+    text = path.read_text(encoding="utf-8") if path.is_file() else QWEN2_VL_2B
+    config = Qwen2VLConfig(**json.loads(text))
+    config.video_token_id = video_id
+    # Each sub-model is built in the dtype of its own config, and a config.json with torch_dtype sets it to bf16.
+    config.dtype = torch.float32
+    config.text_config.dtype = torch.float32
+    config.vision_config.dtype = torch.float32
+    return config
+
+
+def set_rotary_frequencies(module, device):
+    """No checkpoint contains the frequencies. The official code's .to(bfloat16) rounds them together with the weights:
+    exact ones would move scores by 0.013."""
+    ropes = [part for part in module.modules() if hasattr(part, "inv_freq")]
+    for rope in ropes:
+        exact = type(rope)(rope.config).inv_freq
+        rounded = exact.bfloat16().to(device, torch.float32)
+        rope.inv_freq = rounded
+        rope.original_inv_freq = rounded
+
+
+def check_buffers(module):
+    """A buffer outside the state dict is filled by no checkpoint. If another version of transformers has one that we do
+    not know, it would stay undefined and silently produce wrong scores."""
+    saved = module.state_dict().keys()
+    names = [name for name, _ in module.named_buffers()]
+    undefined = [name for name in names if name not in saved and not name.endswith("inv_freq")]
+    if undefined:
+        raise RuntimeError(f"Qwen2-VL must have no buffers but its rotary frequencies: transformers adds {undefined}")
+
+
+def settle_cos_and_sin():
+    """Call cos and sin on one number, so that the rotary embeddings are exact from the first batch on.
+
+    On the CPU, PyTorch takes float32 cos and sin from oneMKL, which chooses a kernel at a function's first call. When
+    two threads make that call together, one of them may run a kernel with errors of 1.5e-4, and the scores of the first
+    batch are wrong by 3e-4 (seen with torch 2.13 and its oneMKL 2024.2). A call on one number runs in one thread.
+    """
+    number = torch.zeros(1)
+    number.cos()
+    number.sin()
+
+
 def load_weights(module, state, rank, alpha):
-    """Fill the module from model.pth, whose LoRA is unmerged. Every key must fit: a part left undefined still scores.
-    W + alpha/rank·B·A is computed in fp32: in bf16, the dtype of the file, it would cost 0.028 of a score."""
-    target, found, unexpected, misshaped = module.state_dict(), {}, [], []
-    for key, tensor in state.items():
-        match = KEY.fullmatch(key)
-        top, path, kind, leaf = match.groups() if match else ("", "", None, "")
-        name = {"model": "model.language_model", "visual": "model.visual"}.get(top, top) + f"{path}.{leaf}"
-        if name in target:
-            found.setdefault(name, {})[kind] = tensor
-            shape = tuple(target[name].shape)
-            shape = {".lora_A.default": (rank, shape[-1]), ".lora_B.default": (shape[0], rank)}.get(kind, shape)
-            misshaped += [f"{key} {tuple(tensor.shape)}, not {shape}"] * (tuple(tensor.shape) != shape)
+    """Fill the module from model.pth, whose LoRA is unmerged.
+    Every key must fit: a missing weight would silently produce wrong scores."""
+    targets = module.state_dict()
+    groups, unexpected = group_keys(state, targets)
+    check_keys(groups, unexpected, state, targets, rank)
+    for name, keys in groups.items():
+        target = targets[name]
+        tensors = {kind: state[key].to(target.device, torch.float32) for kind, key in keys.items()}
+        target.copy_(merge_lora(tensors, alpha / rank))
+
+
+def parse_key(key):
+    """A key of model.pth -> (name of the module's tensor that it fills, kind). Of another form: (None, None)."""
+    match = KEY.fullmatch(key)
+    if match is None:
+        return None, None
+    part, layer, kind, leaf = match.groups(default=PLAIN)
+    return f"{NEW_NAMES[part]}{layer}.{leaf}", kind
+
+
+def group_keys(state, targets):
+    """-> ({name of a target: {kind: key}}, keys that belong to no target)."""
+    groups = {}
+    unexpected = []
+    for key in state:
+        name, kind = parse_key(key)
+        if name in targets:
+            groups.setdefault(name, {})[kind] = key
         elif name != "lm_head.weight":  # the language model's own head, which no score reads
             unexpected.append(key)
-    wrapped = {"weight": {".base_layer", ".lora_A.default", ".lora_B.default"}, "bias": {".base_layer"}}
-    unpaired = [name for name in found if found[name].keys() not in ({None}, wrapped[name.rpartition(".")[2]])]
-    missing = sorted(target.keys() - found.keys())
-    problems = {"missing": missing, "unexpected": unexpected, "without a LoRA pair": unpaired, "of another shape": misshaped}
-    if listed := "; ".join(f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys):
-        raise ValueError(f"the keys of model.pth must be exactly those of VideoAlign's model: {listed}")
-    for name, parts in found.items():
-        parts = {kind: part.to(target[name].device, torch.float32) for kind, part in parts.items()}
-        lora = alpha / rank * parts[".lora_B.default"] @ parts[".lora_A.default"] if len(parts) == 3 else 0
-        target[name].copy_(parts.get(".base_layer", parts.get(None)) + lora)
+    return groups, unexpected
+
+
+def check_keys(groups, unexpected, state, targets, rank):
+    """ValueError with all keys that are missing, unexpected, without their LoRA pair or of another shape."""
+    unpaired = []
+    misshaped = []
+    for name, keys in groups.items():
+        with_lora = {BASE} if name.endswith(".bias") else {BASE, LORA_A, LORA_B}
+        if keys.keys() != {PLAIN} and keys.keys() != with_lora:
+            unpaired.append(name)
+        for kind, key in keys.items():
+            shape = tuple(state[key].shape)
+            expected = expected_shape(kind, tuple(targets[name].shape), rank)
+            if shape != expected:
+                misshaped.append(f"{key} {shape}, not {expected}")
+    problems = {
+        "missing": sorted(targets.keys() - groups.keys()),
+        "unexpected": unexpected,
+        "without a LoRA pair": unpaired,
+        "of another shape": misshaped,
+    }
+    listed = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys]
+    if listed:
+        raise ValueError(f"the keys of model.pth must be exactly those of VideoAlign's model: {'; '.join(listed)}")
+
+
+def expected_shape(kind, shape, rank):
+    """The shape of one tensor of a layer whose merged tensor has this shape."""
+    if kind == LORA_A:
+        return rank, shape[-1]
+    if kind == LORA_B:
+        return shape[0], rank
+    return shape
+
+
+def merge_lora(tensors, scale):
+    """W + scale·B·A of {kind: fp32 tensor}. Computed in bf16, the dtype of the file, it would move scores by 0.028."""
+    if PLAIN in tensors:
+        return tensors[PLAIN]
+    if LORA_A not in tensors:  # the bias of a layer with LoRA
+        return tensors[BASE]
+    return tensors[BASE] + scale * tensors[LORA_B] @ tensors[LORA_A]
 
 
 def frame_indices(total, fps, sample_fps):
-    """The frames that are looked at: sample_fps a second, within 4 … 768 and the video's, an even number, evenly spaced."""
+    """The indices of the frames that are scored: sample_fps a second, an even number of them, evenly spaced.
+    There are at least 4 and at most 768, and never more than the video has."""
     if total < 2:
         raise ValueError(f"a video must have at least 2 frames: got {total}")
-    count = min(max(total / fps * sample_fps, 4), 768, total // 2 * 2)
-    return torch.linspace(0, total - 1, round(count / 2) * 2).round().long()  # 81 frames at 24 fps: 6 of them
+    wanted = max(total / fps * sample_fps, 4)
+    most = min(768, total // 2 * 2)
+    count = round(min(wanted, most) / 2) * 2  # 81 frames at 24 fps: 6 of them
+    return torch.linspace(0, total - 1, count).round().long()
 
 
 def resize_frames(frames, max_pixels):
-    """uint8 [F, C, H, W] -> float [F, C, H', W'] at multiples of 28 near H and W, scaled into the range of pixels per frame.
+    """uint8 [F, C, H, W] -> float [F, C, H', W'], of the size that resized_shape gives.
     The values are whole numbers: the official code resizes uint8 tensors, which rounds."""
-    (height, width), unit = frames.shape[-2:], PATCH * MERGE
-    shape = [max(unit, round(side / unit) * unit) for side in (height, width)]
-    if math.prod(shape) > max_pixels:
+    shape = resized_shape(*frames.shape[-2:], max_pixels)
+    resized = torch.nn.functional.interpolate(frames.float(), shape, mode="bicubic", antialias=True)
+    return resized.clamp(0, 255).round()
+
+
+def resized_shape(height, width, max_pixels):
+    """[H', W']: the multiples of 28 nearest to H and W, scaled where a frame has not MIN_FRAME_PIXELS … max_pixels."""
+    unit = PATCH * MERGE
+    sides = (height, width)
+    nearest = [max(unit, round(side / unit) * unit) for side in sides]
+    if math.prod(nearest) > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
-        shape = [math.floor(side / scale / unit) * unit for side in (height, width)]
-    elif math.prod(shape) < MIN_FRAME_PIXELS:
+        return [math.floor(side / scale / unit) * unit for side in sides]
+    if math.prod(nearest) < MIN_FRAME_PIXELS:
         scale = math.sqrt(MIN_FRAME_PIXELS / (height * width))
-        shape = [math.ceil(side * scale / unit) * unit for side in (height, width)]
-    return torch.nn.functional.interpolate(frames.float(), shape, mode="bicubic", antialias=True).clamp(0, 255).round()
+        return [math.ceil(side * scale / unit) * unit for side in sides]
+    return nearest
 
 
 def patchify(frames):
-    """0 … 255 [F, 3, H, W] -> normalised patches [N, 1176], those of one token next to each other, and their grid [3]."""
-    mean, std = frames.new_tensor(PIXEL_MEAN_STD).view(2, 3, 1, 1)
-    t, h, w = len(frames) // 2, frames.shape[2] // PATCH, frames.shape[3] // PATCH
-    split = ((frames / 255 - mean) / std).view(t, 2, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
+    """0 … 255 [F, 3, H, W] -> (normalised patches [N, 1176], grid [3] of their numbers in time, height and width).
+    The four patches of one token stand next to each other."""
+    mean = frames.new_tensor(PIXEL_MEAN).view(3, 1, 1)
+    std = frames.new_tensor(PIXEL_STD).view(3, 1, 1)
+    normalised = (frames / 255 - mean) / std
+    t = frames.shape[0] // 2
+    h = frames.shape[2] // PATCH
+    w = frames.shape[3] // PATCH
+    split = normalised.view(t, 2, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
     patches = split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
     return patches, torch.tensor([t, h, w], device=frames.device)
 
 
 class CLIPScore:
-    """2.5·max(cos(frame, prompt), 0), mean over 8 frames, for evaluation. CLIP reads the first 77 tokens of a prompt."""
+    """2.5·max(cos(frame, prompt), 0), mean over 8 frames, for evaluation.
+    CLIP reads only the first 77 tokens of a prompt."""
 
-    name, model, tokenizer = "CLIPScore", "openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"
+    name = "CLIPScore"
+    model_id = "openai/clip-vit-base-patch32"
+    tokenizer_id = "openai/clip-vit-base-patch32"
 
     def __init__(self, folder=None, device="cpu"):
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-        self.model = CLIPModel.from_pretrained(folder or self.model, dtype=torch.float32).to(device).requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder or self.tokenizer)
+        self.model = CLIPModel.from_pretrained(folder or self.model_id, dtype=torch.float32).to(device)
+        self.model.requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder or self.tokenizer_id)
         side = self.model.config.vision_config.image_size
-        self.pixels = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        self.image_processor = CLIPImageProcessorPil(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+        )
 
     def score(self, cosine):
         return 2.5 * cosine.clamp(min=0)
@@ -227,19 +436,29 @@ class CLIPScore:
     @torch.no_grad()
     def __call__(self, videos, prompts):
         check_videos(videos, prompts)
-        text = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=77, return_tensors="pt")
-        text = self.model.get_text_features(**text.to(self.model.device)).pooler_output  # [B, D]
-        frames = videos[:, torch.linspace(0, videos.shape[1] - 1, 8).round().long()].flatten(0, 1)  # [B·8, C, H, W]
-        pixels = self.pixels(list(frames.cpu().numpy()), return_tensors="pt").pixel_values.to(self.model.device)
-        image = self.model.get_image_features(pixel_values=pixels).pooler_output.unflatten(0, (-1, 8))  # [B, 8, D]
-        cosine = torch.nn.functional.cosine_similarity(image, text[:, None], dim=-1)  # [B, 8]
+        text = self.embed_prompts(prompts)  # [B, D]
+        indices = torch.linspace(0, videos.shape[1] - 1, 8).round().long()
+        frames = videos[:, indices].flatten(0, 1)  # [B·8, C, H, W]
+        images = self.embed_frames(frames).unflatten(0, (-1, 8))  # [B, 8, D]
+        cosine = torch.nn.functional.cosine_similarity(images, text[:, None], dim=-1)  # [B, 8]
         return {self.name: self.score(cosine).mean(1).to(videos.device)}
+
+    def embed_prompts(self, prompts):
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=77, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+
+    def embed_frames(self, frames):
+        pixels = self.image_processor(list(frames.cpu().numpy()), return_tensors="pt").pixel_values
+        return self.model.get_image_features(pixel_values=pixels.to(self.model.device)).pooler_output
 
 
 class PickScore(CLIPScore):
-    """exp(logit_scale)·cos(frame, prompt) / 26, mean over 8 frames. The 26 brings it near 0 … 1, where the paper's lie."""
+    """exp(logit_scale)·cos(frame, prompt) / 26, mean over 8 frames.
+    The division by 26 brings it into the range of the paper's values, which lie near 0 … 1."""
 
-    name, model, tokenizer = "PickScore", "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    name = "PickScore"
+    model_id = "yuvalkirstain/PickScore_v1"
+    tokenizer_id = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def score(self, cosine):
         return self.model.logit_scale.exp() * cosine / 26
@@ -250,44 +469,81 @@ def read_video(path):
     import imageio.v2 as imageio
 
     with imageio.get_reader(path, format="FFMPEG") as reader:
-        return torch.stack([torch.from_numpy(frame) for frame in reader]).permute(0, 3, 1, 2), reader.get_meta_data()["fps"]
+        frames = [torch.from_numpy(frame) for frame in reader]
+        fps = reader.get_meta_data()["fps"]
+    return torch.stack(frames).permute(0, 3, 1, 2), fps
 
 
 def write_video(path, video, fps):
     """uint8 [F, C, H, W] -> an mp4 that every player takes: H.264 in yuv420p, hence the even sides."""
     import imageio.v2 as imageio
 
-    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3 or video.shape[2] % 2 or video.shape[3] % 2:
-        raise ValueError(f"a video must be uint8 [F, 3, H, W] with even sides: got {video.dtype} {tuple(video.shape)}")
-    settings = {"format": "FFMPEG", "fps": fps, "codec": "libx264", "quality": 9, "macro_block_size": 1}
-    imageio.mimwrite(path, video.permute(0, 2, 3, 1).cpu().numpy(), **settings)
+    is_rgb = video.dtype == torch.uint8 and video.ndim == 4 and video.shape[1] == 3
+    if not is_rgb or video.shape[2] % 2 or video.shape[3] % 2:
+        got = f"{video.dtype} {tuple(video.shape)}"
+        raise ValueError(f"a video must be uint8 [F, 3, H, W] with even sides: got {got}")
+    frames = video.permute(0, 2, 3, 1).cpu().numpy()
+    imageio.mimwrite(path, frames, format="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1)
 
 
-def main():
+def parse_arguments():
+    """-> (the options, one prompt for each video)."""
     parser = argparse.ArgumentParser(description="Score mp4 files with VideoAlign: a table, and JSON with --json.")
     parser.add_argument("videos", nargs="+")
-    parser.add_argument("--prompts", required=True, help="text file, a prompt a line: one for each video, or one for all")
+    parser.add_argument("--prompts", required=True, help="text file: one line for each video, or one line for all")
     parser.add_argument("--videoalign", required=True, help="folder of the checkpoint, KwaiVGI/VideoReward")
     parser.add_argument("--videoalign_repo", required=True, help="clone of https://github.com/KwaiVGI/VideoAlign")
     parser.add_argument("--json", help="file to write the scores to")
     args = parser.parse_args()
-    prompts = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-    if len(prompts) not in (1, len(args.videos)) or not all(prompt.strip() for prompt in prompts):
-        parser.error(f"--prompts must have 1 or {len(args.videos)} (videos) lines, none of them empty: got {len(prompts)}")
-    if missing := [path for path in args.videos if not Path(path).is_file()]:
-        parser.error(f"every video must be a file: there is no {', '.join(missing)}")
 
-    videoalign, rows = VideoAlign(args.videoalign, args.videoalign_repo, "cuda" if torch.cuda.is_available() else "cpu"), []
+    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    is_empty = [not line.strip() for line in lines]
+    if len(lines) not in (1, len(args.videos)) or any(is_empty):
+        allowed = f"1 or {len(args.videos)} (videos) lines"
+        parser.error(f"--prompts must have {allowed}, none of them empty: got {len(lines)}")
+    missing = [path for path in args.videos if not Path(path).is_file()]
+    if missing:
+        parser.error(f"every video must be a file: there is no {', '.join(missing)}")
+    prompts = lines * len(args.videos) if len(lines) == 1 else lines
+    return args, prompts
+
+
+def score_file(videoalign, path, prompt):
+    """-> {"video", "prompt", "scores": {"VQ", "MQ", "TA", "Overall"}, "failures"}."""
+    video, fps = read_video(path)
+    batch = videoalign(video[None], [prompt], fps=fps)
+    scores = {name: values.item() for name, values in batch.items()}
+    scores["Overall"] = sum(scores.values())
+    return {"video": path, "prompt": prompt, "scores": scores, "failures": videoalign.failures}
+
+
+def print_result(result):
+    columns = [f"{score:9.4f}" for score in result["scores"].values()]
+    print("".join(columns) + " ", result["video"], *result["failures"])
+
+
+def write_results(path, results):
+    """JSON has no NaN: a score that failed is null."""
+    rows = []
+    for result in results:
+        scores = {name: score if math.isfinite(score) else None for name, score in result["scores"].items()}
+        row = {"video": result["video"], "prompt": result["prompt"], **scores, "failures": result["failures"]}
+        rows.append(row)
+    Path(path).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def main():
+    args, prompts = parse_arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    videoalign = VideoAlign(args.videoalign, args.videoalign_repo, device)
     print("       VQ       MQ       TA  Overall  video")
-    for path, prompt in zip(args.videos, prompts * (len(args.videos) // len(prompts))):
-        video, fps = read_video(path)
-        scores = {name: score.item() for name, score in videoalign(video[None], [prompt], fps=fps).items()}
-        scores["Overall"] = sum(scores.values())
-        print("".join(f"{score:9.4f}" for score in scores.values()), "", path, *videoalign.failures)
-        scores = {name: score if math.isfinite(score) else None for name, score in scores.items()}  # JSON has no NaN
-        rows.append({"video": path, "prompt": prompt, **scores, "failures": videoalign.failures})
+    results = []
+    for path, prompt in zip(args.videos, prompts):
+        result = score_file(videoalign, path, prompt)
+        print_result(result)
+        results.append(result)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_results(args.json, results)
 
 
 if __name__ == "__main__":

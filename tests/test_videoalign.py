@@ -1,12 +1,12 @@
-"""VideoAlign on random weights, in the released file's layout: against transformers and PEFT with nothing merged or renamed.
+"""VideoAlign on random weights in the released file's layout, against a reference that merges and renames nothing.
 
-The reference is Qwen2-VL under PEFT, as VideoAlign itself runs it: LoRA beside its weight, cast to bf16 and back before the
-weights are loaded, positions 0, 1, 2, … . It shares only the tokens and patches with the code under test.
+The reference is Qwen2-VL under PEFT, as VideoAlign itself runs it. LoRA stays beside its weight, the model is cast to
+bf16 and back before the weights are loaded, and the positions are 0, 1, 2, … . The reference shares only the tokens and
+the patches with the code under test.
 """
 
 import json
 import math
-import re
 import shutil
 import sys
 
@@ -22,10 +22,12 @@ from videoalign import CLIPScore, PickScore, VideoAlign, read_video, write_video
 from tiny.videoalign import LORA_ALPHA, LORA_RANK, build_tiny_clip, build_tiny_template, build_tiny_videoalign
 
 PROMPTS = ["a cat", "a dog that runs over a {green} hill", "東京 by night"]
-Q_PROJ, HEAD = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.rm_head.weight"
-NORM_0, NORM_9 = (f"base_model.model.visual.blocks.{i}.norm1.weight" for i in (0, 9))
-NO_PAIR, SHAPE = "1 without a LoRA pair: model.language_model.layers.0.self_attn.q_proj.weight", "1 of another shape: "
-BASE, LORA_A, LORA_B = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
+HEAD = "base_model.model.rm_head.weight"
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+BASE = Q_PROJ + ".base_layer.weight"
+LORA_A = Q_PROJ + ".lora_A.default.weight"
+LORA_B = Q_PROJ + ".lora_B.default.weight"
+NORM = "visual.merger.ln_q.weight"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,10 @@ def repo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {n: build_tiny_videoalign(tmp_path_factory.mktemp(f"videoalign{n}"), output_dim=n) for n in (1, 3)}
+    """{output_dim: checkpoint folder}"""
+    one = build_tiny_videoalign(tmp_path_factory.mktemp("videoalign1"), output_dim=1)
+    three = build_tiny_videoalign(tmp_path_factory.mktemp("videoalign3"), output_dim=3)
+    return {1: one, 3: three}
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +54,62 @@ def copy(folders, tmp_path):
 
 
 def random_videos(*shape):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 VIDEOS = random_videos(3, 9, 3, 112, 168)
 
 
+def reference_model(folder, video_id, rounded):
+    """Qwen2-VL with PEFT's own LoRA layers. rounded: cast to bf16 and back, which rounds the rotary frequencies."""
+    settings = json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float32"}
+    config = Qwen2VLConfig(**settings)
+    config.video_token_id = video_id
+    model = Qwen2VLModel(config)
+    if rounded:
+        model = model.to(torch.bfloat16).to(torch.float32)
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=".*_proj")
+    return get_peft_model(model, lora).eval()
+
+
 def reference_logits(folder, scorer, video, prompt, rounded=True, mrope=False):
-    """[output_dim at each reward token]: [3, output_dim], by Qwen2-VL with PEFT's own LoRA layers."""
-    config = Qwen2VLConfig(**json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float32"})
-    config.video_token_id = scorer.video_id
-    model = Qwen2VLModel(config).to(torch.bfloat16 if rounded else torch.float32).to(torch.float32)
-    model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=".*_proj")).eval()
+    """[output_dim at each reward token]: [3, output_dim]"""
+    model = reference_model(folder, scorer.video_id, rounded)
     state = torch.load(folder / "checkpoint-1" / "model.pth", weights_only=True)
     head = state.pop(HEAD).float()
     del state["base_model.model.lm_head.weight"]
-    model.load_state_dict({k.replace("model.model.model.", "model.model.language_model."): v for k, v in state.items()})
+    renamed = {key.replace("model.model.model.", "model.model.language_model."): state[key] for key in state}
+    model.load_state_dict(renamed)
     ids, patches, grid = scorer.prepare(video, prompt, 24)
-    positions = torch.arange(len(ids)).expand(3, 1, -1)
     if mrope:
-        kinds = 2 * (ids == scorer.video_id).int()[None]
-        positions, _ = model.base_model.model.get_rope_index(ids[None], kinds, video_grid_thw=grid[None])
+        kinds = 2 * (ids == scorer.video_id).int()
+        positions, _ = model.base_model.model.get_rope_index(ids[None], kinds[None], video_grid_thw=grid[None])
+    else:
+        positions = torch.arange(len(ids)).expand(3, 1, -1)
     with torch.no_grad():
-        seen = {"pixel_values_videos": patches, "video_grid_thw": grid[None]}
-        hidden = model(input_ids=ids[None], position_ids=positions, **seen).last_hidden_state[0]
-    return hidden[torch.isin(ids, torch.tensor(scorer.reward_ids))] @ head.T
+        output = model(
+            input_ids=ids[None],
+            position_ids=positions,
+            pixel_values_videos=patches,
+            video_grid_thw=grid[None],
+        )
+    is_reward = torch.isin(ids, torch.tensor(scorer.reward_ids))
+    return output.last_hidden_state[0][is_reward] @ head.T
+
+
+def assert_same_scores(actual, expected):
+    """Equal up to float32 rounding, which grows with the scores: 5e-5 of the largest one.
+
+    Rounding alone gives up to 6e-6, over 6 seeds and 3 instruction sets. The smallest fault that these tests are about,
+    LoRA merged in bf16, gives 1e-2. A cos that is off by 1.5e-4 in one thread gives 2e-4.
+    """
+    torch.testing.assert_close(actual, expected, atol=5e-5 * expected.abs().max().item(), rtol=0)
+
+
+def logits_one_by_one(scorer):
+    rows = [scorer.logits([scorer.prepare(video, prompt, 24)]) for video, prompt in zip(VIDEOS, PROMPTS)]
+    return torch.cat(rows)  # [3, 3]
 
 
 def first_logits(scorer):
@@ -87,18 +123,18 @@ def test_padded_batch_equals_reference_one_by_one(folders, repo, output_dim):
     for video, prompt, row in zip(VIDEOS, PROMPTS, together):
         expected = reference_logits(folders[output_dim], scorer, video, prompt)  # [3, output_dim]
         expected = expected[:, 0] if output_dim == 1 else expected.diagonal()
-        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+        assert_same_scores(row, expected)
     assert (together[0] - together[1]).abs().min() > 1e-3  # the scores do depend on the video
 
 
 def test_scores_are_normalised_logits_in_any_batch(folders, repo, scorer):
     scores = VideoAlign(folders[1], repo, batch_size=2)(VIDEOS, PROMPTS)
-    for i, (video, prompt) in enumerate(zip(VIDEOS, PROMPTS)):
-        raw = scorer.logits([scorer.prepare(video, prompt, 24)])[0]
-        published = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
-        for value, (name, (mean, std)) in zip(raw, published.items()):
-            assert scores[name].dtype == torch.float32 and scores[name].shape == (3,)
-            assert scores[name][i].item() == pytest.approx((value.item() - mean) / std, abs=1e-5)
+    raw = logits_one_by_one(scorer)
+    published = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
+    assert list(scores) == list(published)
+    for dimension, (name, (mean, std)) in enumerate(published.items()):
+        assert scores[name].dtype == torch.float32
+        assert_same_scores(scores[name], (raw[:, dimension] - mean) / std)
 
 
 def test_prompt_reaches_the_model_in_the_template(scorer):
@@ -115,8 +151,8 @@ def test_prompt_reaches_the_model_in_the_template(scorer):
 def test_trap_1_positions_are_one_dimensional(folders, scorer):
     ours = first_logits(scorer)
     mrope = reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0], mrope=True)[:, 0]
-    torch.testing.assert_close(ours, reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0])[:, 0], atol=1e-5, rtol=0)
-    assert (ours - mrope).abs().max() > 1e-2
+    assert_same_scores(ours, reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0])[:, 0])
+    assert (ours - mrope).abs().max() > 0.1
 
 
 def test_trap_2_rotary_frequencies_are_rounded_to_bf16(folders, scorer):
@@ -124,57 +160,103 @@ def test_trap_2_rotary_frequencies_are_rounded_to_bf16(folders, scorer):
     exact = reference_logits(folders[1], scorer, VIDEOS[0], PROMPTS[0], rounded=False)[:, 0]
     assert (ours - exact).abs().max() > 1e-3
     model = scorer.module["model"]
-    for rope, theta in ((model.language_model.rotary_emb, 1e6), (model.visual.rotary_pos_emb, 1e4)):  # both of width 8
-        frequencies = theta ** -(torch.arange(0, 8, 2) / 8)
-        assert rope.inv_freq.dtype == torch.float32 and rope.inv_freq.equal(frequencies.bfloat16().float())
+    exponents = torch.arange(0, 8, 2).double() / 8  # both embeddings have width 8
+    for rope, theta in ((model.language_model.rotary_emb, 1e6), (model.visual.rotary_pos_emb, 1e4)):
+        rounded = (theta**-exponents).bfloat16().float()
+        assert rope.inv_freq.dtype == torch.float32
+        assert rope.inv_freq.equal(rounded)
 
 
 def test_trap_3_a_bf16_config_builds_an_fp32_model(folders, scorer):
     assert json.loads((folders[1] / "config.json").read_text())["torch_dtype"] == "bfloat16"  # the trap is set
-    assert {parameter.dtype for parameter in scorer.module.parameters()} == {torch.float32}
-    assert not any(parameter.requires_grad for parameter in scorer.module.parameters())
+    for parameter in scorer.module.parameters():
+        assert parameter.dtype == torch.float32
+        assert not parameter.requires_grad
     config = scorer.module["model"].config
     assert config.dtype == config.text_config.dtype == config.vision_config.dtype == torch.float32
 
 
 def test_trap_4_lora_is_merged_and_scored_in_fp32(folders, scorer):
     state = torch.load(folders[1] / "checkpoint-1" / "model.pth", weights_only=True)
-    base, a, b = (state[Q_PROJ + part] for part in (BASE, LORA_A, LORA_B))
-    merged = scorer.module["model"].language_model.layers[0].self_attn.q_proj.weight
-    expected = base.double() + LORA_ALPHA / LORA_RANK * b.double() @ a.double()
-    torch.testing.assert_close(merged.double(), expected, atol=1e-6, rtol=0)
-    assert (merged.double() - expected.bfloat16().double()).abs().max() > 1e-4  # what a merge in bf16 would give
-    scores = scorer(VIDEOS[:1], PROMPTS[:1])
+    merged = scorer.module["model"].language_model.layers[0].self_attn.q_proj.weight.double()
+    expected = state[BASE].double() + LORA_ALPHA / LORA_RANK * state[LORA_B].double() @ state[LORA_A].double()
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(merged, expected, atol=1e-6 * largest, rtol=0)
+    merged_in_bf16 = expected.bfloat16().double()
+    assert (merged - merged_in_bf16).abs().max() > 1e-3 * largest
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert scorer(VIDEOS[:1], PROMPTS[:1]) == scores
+        under_autocast = first_logits(scorer)
+    assert_same_scores(under_autocast, first_logits(scorer))
 
 
-def edit(*keys, shape=None):
-    """Take keys out of a state dict, or put zeros of this shape there."""
-    return lambda state: [state.pop(key) if shape is None else state.update({key: torch.zeros(shape)}) for key in keys]
+def refused_keys(scorer, folder, lost=(), added=None):
+    """The fault that load_weights finds in model.pth without the keys `lost`, with zeros for `added`, {key: shape}."""
+    state = torch.load(folder / "checkpoint-1" / "model.pth", weights_only=True)
+    for key in lost:
+        del state[key]
+    for key, shape in (added or {}).items():
+        state[key] = torch.zeros(shape)
+    with pytest.raises(ValueError) as error:
+        videoalign.load_weights(scorer.module, state, LORA_RANK, LORA_ALPHA)
+    rule, _, fault = str(error.value).partition(": ")
+    assert rule == "the keys of model.pth must be exactly those of VideoAlign's model"
+    return fault
+
+
+def test_missing_keys(folders, scorer):
+    assert refused_keys(scorer, folders[1], lost=["base_model.model." + NORM]) == "1 missing: model." + NORM
+    assert refused_keys(scorer, folders[1], lost=[HEAD]) == "1 missing: rm_head.weight"
 
 
 @pytest.mark.parametrize(
-    "change, fault",
+    "key",
     [
-        (edit("base_model.model.visual.merger.ln_q.weight"), "1 missing: model.visual.merger.ln_q.weight"),
-        (edit(HEAD), "1 missing: rm_head.weight"),
-        (edit("base_model.model.model.extra.weight", shape=(2,)), "1 unexpected: base_model.model.model.extra.weight"),
-        (edit("rm_head.weight", shape=(1, 32)), "1 unexpected: rm_head.weight"),  # without PEFT's prefix
-        (edit(Q_PROJ + ".lora_C.default.weight", shape=(2,)), f"1 unexpected: {Q_PROJ}.lora_C"),
-        *((edit(*(Q_PROJ + part for part in lost)), NO_PAIR) for lost in ([LORA_A], [LORA_B], [LORA_A, LORA_B], [BASE])),
-        (lambda s: s.update({NORM_9: s.pop(NORM_0)}), f"1 missing: {NORM_0[11:]}; 1 unexpected: {NORM_9}"),
-        (edit(HEAD, shape=(3, 32)), SHAPE + HEAD + " (3, 32), not (1, 32)"),
-        (edit(Q_PROJ + BASE, shape=(32, 31)), SHAPE + Q_PROJ + BASE + " (32, 31), not (32, 32)"),
-        (edit(Q_PROJ + LORA_A, shape=(3, 32)), SHAPE + Q_PROJ + LORA_A + " (3, 32), not (4, 32)"),
-        (edit(Q_PROJ + LORA_B, shape=(30, 4)), SHAPE + Q_PROJ + LORA_B + " (30, 4), not (32, 4)"),
+        "base_model.model.model.extra.weight",
+        "rm_head.weight",  # without PEFT's prefix
+        Q_PROJ + ".lora_C.default.weight",
     ],
 )
-def test_every_key_must_fit(folders, scorer, change, fault):
-    state = torch.load(folders[1] / "checkpoint-1" / "model.pth", weights_only=True)
-    change(state)
-    with pytest.raises(ValueError, match=re.escape(f"must be exactly those of VideoAlign's model: {fault}")):
-        videoalign.load_weights(scorer.module, state, LORA_RANK, LORA_ALPHA)
+def test_unexpected_keys(folders, scorer, key):
+    assert refused_keys(scorer, folders[1], added={key: (1, 32)}) == "1 unexpected: " + key
+
+
+def test_a_renamed_key_is_missing_and_unexpected(folders, scorer):
+    name = "visual.blocks.0.norm1.weight"
+    other = "base_model.model.visual.blocks.9.norm1.weight"
+    fault = refused_keys(scorer, folders[1], lost=["base_model.model." + name], added={other: (32,)})
+    assert fault == f"1 missing: model.{name}; 1 unexpected: {other}"
+
+
+@pytest.mark.parametrize("lost", [[LORA_A], [LORA_B], [LORA_A, LORA_B], [BASE]])
+def test_keys_without_their_lora_pair(folders, scorer, lost):
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert refused_keys(scorer, folders[1], lost=lost) == "1 without a LoRA pair: " + name
+
+
+@pytest.mark.parametrize(
+    "key, shape, right_shape",
+    [
+        (HEAD, (3, 32), (1, 32)),
+        (BASE, (32, 31), (32, 32)),
+        (LORA_A, (3, 32), (4, 32)),
+        (LORA_B, (30, 4), (32, 4)),
+    ],
+)
+def test_keys_of_another_shape(folders, scorer, key, shape, right_shape):
+    fault = refused_keys(scorer, folders[1], added={key: shape})
+    assert fault == f"1 of another shape: {key} {shape}, not {right_shape}"
+
+
+def test_a_buffer_that_would_stay_undefined(folders, monkeypatch):
+    build = Qwen2VLModel.__init__
+
+    def build_with_a_buffer(self, config):
+        build(self, config)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    monkeypatch.setattr(Qwen2VLModel, "__init__", build_with_a_buffer)
+    with pytest.raises(RuntimeError, match=r"transformers adds \['model.scale'\]"):
+        videoalign.build_module(folders[1], output_dim=1, video_id=5, device="cpu")
 
 
 @pytest.mark.parametrize("part", ["model_config.json", "checkpoint-1/model.pth", "checkpoint-1/tokenizer"])
@@ -185,13 +267,21 @@ def test_missing_parts_of_the_folder(copy, repo, part):
 
 
 def test_settings_that_are_not_implemented(copy, repo):
-    stock = (copy / "model_config.json").read_text()
-    wrong = {"output_dim": 2, "reward_token": "last", "use_special_tokens": False, "prompt_template_type": "simple"}
-    wrong |= {"sample_type": "multi_pts", "num_frames": 8, "use_rslora": True}
-    for key, value in wrong.items():
+    path = copy / "model_config.json"
+    stock = path.read_text()
+    wrong = [
+        ("data_config", "sample_type", "multi_pts"),
+        ("data_config", "num_frames", 8),
+        ("data_config", "prompt_template_type", "simple"),
+        ("model_config", "output_dim", 2),
+        ("model_config", "reward_token", "last"),
+        ("model_config", "use_special_tokens", False),
+        ("peft_lora_config", "use_rslora", True),
+    ]
+    for section, key, value in wrong:
         settings = json.loads(stock)
-        next(section for section in settings.values() if key in section)[key] = value
-        (copy / "model_config.json").write_text(json.dumps(settings))
+        settings[section][key] = value
+        path.write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=f"{key} must be one of .*{value}"):
             VideoAlign(copy, repo)
 
@@ -200,7 +290,7 @@ def test_newest_checkpoint_is_taken(copy, repo, scorer):
     old = shutil.copytree(copy / "checkpoint-1", copy / "checkpoint-9")
     (old / "model.pth").write_text("not a checkpoint")
     shutil.move(copy / "checkpoint-1", copy / "checkpoint-10")
-    assert VideoAlign(copy, repo)(VIDEOS[:1], PROMPTS[:1]) == scorer(VIDEOS[:1], PROMPTS[:1])
+    assert_same_scores(first_logits(VideoAlign(copy, repo)), first_logits(scorer))
 
 
 def test_tokenizer_without_the_reward_tokens(copy, repo):
@@ -219,23 +309,33 @@ def test_template_must_come_from_a_clone(folders, tmp_path):
 
 
 def test_sizes_of_the_released_model(tmp_path):
-    """Qwen2-VL-2B has 2,208,985,600 parameters, tied; the released bf16 file, with lm_head and LoRA of rank 64, 5.03 GB."""
+    """Qwen2-VL-2B has 2,208,985,600 parameters, with tied embeddings and a vocabulary of 151,936.
+    The released bf16 file, with a head of its own for 151,660 tokens and LoRA of rank 64, has 5.03 GB."""
     module = videoalign.build_module(tmp_path, output_dim=1, video_id=151656, device="meta")
-    sizes = {name: weight.numel() for name, weight in module.named_parameters()}
-    added, width = 151_936 - 151_660, 1536
-    assert sum(sizes.values()) - sizes["rm_head.weight"] + added * width == 2_208_985_600
-    lora = 64 * sum(sum(weight.shape) for name, weight in module.named_parameters() if name.endswith("_proj.weight"))
-    assert 2 * (sum(sizes.values()) + 151_660 * width + lora) / 1e9 == pytest.approx(5.03, abs=0.005)
+    width = 1536
+    backbone = sum(weight.numel() for weight in module["model"].parameters())
+    assert backbone + (151_936 - 151_660) * width == 2_208_985_600
+    lora = 0
+    for name, weight in module.named_parameters():
+        if name.endswith("_proj.weight"):
+            lora += 64 * sum(weight.shape)
+    heads = 151_660 * width + width
+    gigabytes = 2 * (backbone + heads + lora) / 1e9
+    assert gigabytes == pytest.approx(5.03, abs=0.005)
 
 
-@pytest.mark.parametrize("total, fps, count", [(81, 24, 6), (90, 24, 8), (9, 24, 4), (3, 24, 2), (5, 1, 4), (900, 1, 768)])
+@pytest.mark.parametrize(
+    "total, fps, count", [(81, 24, 6), (90, 24, 8), (9, 24, 4), (3, 24, 2), (5, 1, 4), (900, 1, 768)]
+)
 def test_frame_counts(total, fps, count):
     indices = videoalign.frame_indices(total, fps, 2.0)
     assert len(indices) == count and indices[0] == 0 and indices[-1] == total - 1
     assert (indices - torch.arange(count) * (total - 1) / (count - 1)).abs().max() <= 0.5
 
 
-@pytest.mark.parametrize("height, width", [(480, 848), (480, 832), (64, 96), (32, 32), (720, 1280), (280, 392), (30, 3000)])
+@pytest.mark.parametrize(
+    "height, width", [(480, 848), (480, 832), (64, 96), (32, 32), (720, 1280), (280, 392), (30, 3000)]
+)
 def test_frames_are_resized_as_qwen_resizes(height, width):
     frames = videoalign.resize_frames(random_videos(2, 3, height, width), 200_704)
     assert tuple(frames.shape[-2:]) == smart_resize(height, width, min_pixels=100_352, max_pixels=200_704)
@@ -247,7 +347,8 @@ def test_patches_of_a_still_equal_the_stock_processor():
     stock = Qwen2VLImageProcessorPil(do_resize=False)(image.numpy(), return_tensors="pt")
     patches, grid = videoalign.patchify(image.float().expand(2, -1, -1, -1))
     assert grid.tolist() == stock["image_grid_thw"][0].tolist()
-    torch.testing.assert_close(patches, stock["pixel_values"], atol=1e-6, rtol=0)
+    one_level = 1 / 255 / max(videoalign.PIXEL_STD)
+    torch.testing.assert_close(patches, stock["pixel_values"], atol=1e-3 * one_level, rtol=0)
 
 
 def test_patches_of_a_video_keep_the_order_of_frames(scorer):
@@ -255,27 +356,33 @@ def test_patches_of_a_video_keep_the_order_of_frames(scorer):
     frames = random_videos(4, 3, 56, 84).float()
     embed = scorer.module["model"].visual.patch_embed
     patches, grid = videoalign.patchify(frames)
-    mean, std = torch.tensor(videoalign.PIXEL_MEAN_STD).view(2, 3, 1, 1)
-    slid = embed.proj(((frames / 255 - mean) / std).transpose(0, 1)[None])[0]  # [D, 2, 4, 6]
-    slid = slid.unflatten(2, (2, 2)).unflatten(4, (3, 2)).permute(1, 2, 4, 3, 5, 0)  # [t, h, w, 2, 2, D]
+    mean = torch.tensor(videoalign.PIXEL_MEAN).view(3, 1, 1)
+    std = torch.tensor(videoalign.PIXEL_STD).view(3, 1, 1)
+    video = ((frames / 255 - mean) / std).transpose(0, 1)  # [C, F, H, W]
+    slid = embed.proj(video[None])[0]  # [D, 2, 4, 6]
+    blocks = slid.unflatten(2, (2, 2)).unflatten(4, (3, 2))  # [D, t, h, 2, w, 2]
+    expected = blocks.permute(1, 2, 4, 3, 5, 0).reshape(48, -1)  # [t · h · w · 2 · 2, D]
     assert grid.tolist() == [2, 4, 6]
-    torch.testing.assert_close(embed(patches), slid.reshape(48, -1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(embed(patches), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
 def test_a_failed_sample_is_nan_with_its_cause(scorer):
     scores = scorer(VIDEOS, ["<|TA_reward|>", "a <|video_pad|> b", PROMPTS[2]])
-    assert [cause[:35] for cause in scorer.failures] == [f"sample {i}: a prompt must not contain" for i in (0, 1)]
+    assert len(scorer.failures) == 2
+    assert scorer.failures[0].startswith("sample 0: a prompt must not contain")
+    assert scorer.failures[1].startswith("sample 1: a prompt must not contain")
     alone = scorer(VIDEOS[2:], PROMPTS[2:])
     assert scorer.failures == []
     for name, values in scores.items():
         assert values.isnan().tolist() == [True, True, False]
-        assert values[2].item() == pytest.approx(alone[name].item(), abs=1e-5)
+        assert_same_scores(values[2:], alone[name])
 
 
 def test_scores_that_are_not_finite_and_single_frames_fail(scorer, monkeypatch):
     monkeypatch.setattr(scorer, "logits", lambda samples: torch.tensor([[1.0, math.inf, 1.0], [1.0, 2.0, 3.0]]))
     scores = scorer(VIDEOS[:2], PROMPTS[:2])
-    assert all(values.isnan().tolist() == [True, False] for values in scores.values())
+    for values in scores.values():
+        assert values.isnan().tolist() == [True, False]
     assert scorer.failures == ["sample 0: its score is not finite"]
     assert scorer(VIDEOS[:1, :1], PROMPTS[:1])["VQ"].isnan().all()
     assert scorer.failures == ["sample 0: a video must have at least 2 frames: got 1"]
@@ -289,16 +396,19 @@ def test_wrong_videos_are_an_error(scorer, videos, prompts):
 
 def test_clip_scores_equal_the_stock_forward(tmp_path):
     folder = build_tiny_clip(tmp_path)
-    model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    clip, pick = (score(folder)(VIDEOS, PROMPTS) for score in (CLIPScore, PickScore))
+    model = CLIPModel.from_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    clip = CLIPScore(folder)(VIDEOS, PROMPTS)["CLIPScore"]
+    pick = PickScore(folder)(VIDEOS, PROMPTS)["PickScore"]
     for i, (video, prompt) in enumerate(zip(VIDEOS, PROMPTS)):
         frames = video[[0, 1, 2, 3, 5, 6, 7, 8]]  # 8 of the 9, evenly spaced
-        images = pixels([frame.permute(1, 2, 0).numpy() for frame in frames], return_tensors="pt").pixel_values
+        arrays = [frame.permute(1, 2, 0).numpy() for frame in frames]
+        images = image_processor(arrays, return_tensors="pt").pixel_values
         logits = model(**tokenizer(prompt, return_tensors="pt"), pixel_values=images).logits_per_image[:, 0]
-        assert pick["PickScore"][i].item() == pytest.approx(logits.mean().item() / 26, abs=1e-5)
-        cosine = logits / model.logit_scale.exp()
-        assert clip["CLIPScore"][i].item() == pytest.approx(2.5 * cosine.clamp(min=0).mean().item(), abs=1e-5)
+        cosine = logits / model.logit_scale.exp()  # within ±1: the tolerances are absolute
+        assert pick[i].item() == pytest.approx(logits.mean().item() / 26, abs=1e-5)
+        assert clip[i].item() == pytest.approx(2.5 * cosine.clamp(min=0).mean().item(), abs=1e-5)
 
 
 def smooth_video(frames=12, height=112, width=168):
@@ -316,35 +426,59 @@ def test_mp4_round_trip(tmp_path):
         write_video(tmp_path / "odd.mp4", video[..., :111], fps=24)
 
 
-def test_command(folders, repo, scorer, tmp_path, monkeypatch, capsys):
-    *paths, scores = [str(tmp_path / name) for name in ("a.mp4", "b.mp4", "scores.json")]
-    write_video(paths[0], smooth_video(), fps=24)
-    write_video(paths[1], smooth_video(frames=40).flip(0), fps=8)
+@pytest.fixture
+def command(folders, repo, tmp_path, monkeypatch):
+    """A function that runs `python videoalign.py a.mp4 b.mp4 …` with these prompts and returns the rows of its JSON."""
+    write_video(tmp_path / "a.mp4", smooth_video(), fps=24)
+    write_video(tmp_path / "b.mp4", smooth_video(frames=40).flip(0), fps=8)
 
     def run(*prompts):
         (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        options = f"--videoalign {folders[1]} --videoalign_repo {repo} --prompts {tmp_path / 'prompts.txt'} --json {scores}"
-        monkeypatch.setattr(sys, "argv", ["videoalign.py", *paths, *options.split()])
+        arguments = ["videoalign.py", str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")]
+        arguments += ["--videoalign", str(folders[1]), "--videoalign_repo", str(repo)]
+        arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--json", str(tmp_path / "scores.json")]
+        monkeypatch.setattr(sys, "argv", arguments)
         videoalign.main()
-        return json.loads(open(scores).read())
+        return json.loads((tmp_path / "scores.json").read_text())
 
-    rows = run("a cat", "<|VQ_reward|>")
-    expected = scorer(read_video(paths[0])[0][None], ["a cat"])
-    assert [row["video"] for row in rows] == paths and rows[0]["failures"] == []
-    assert rows[0]["TA"] == pytest.approx(expected["TA"].item(), abs=1e-5)
+    return run
+
+
+def test_command_with_a_prompt_for_each_video(command, scorer, tmp_path, capsys):
+    rows = command("a cat", "<|VQ_reward|>")
+    video, _ = read_video(tmp_path / "a.mp4")
+    expected = scorer(video[None], ["a cat"])
+    assert [row["video"] for row in rows] == [str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")]
+    assert rows[0]["failures"] == []
+    assert rows[0]["TA"] == pytest.approx(expected["TA"].item(), rel=5e-5)
     assert rows[0]["Overall"] == pytest.approx(rows[0]["VQ"] + rows[0]["MQ"] + rows[0]["TA"])
-    assert rows[1]["VQ"] is None and "reward token" in rows[1]["failures"][0]
-    table = capsys.readouterr().out
-    assert "Overall" in table and f"{rows[0]['Overall']:.4f}" in table and "nan" in table and "reward token" in table
+    assert rows[1]["VQ"] is None
+    assert rows[1]["Overall"] is None
+    assert "reward token" in rows[1]["failures"][0]
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert header.split() == ["VQ", "MQ", "TA", "Overall", "video"]
+    assert first.split() == [f"{rows[0][name]:.4f}" for name in ("VQ", "MQ", "TA", "Overall")] + [rows[0]["video"]]
+    assert second.split()[:5] == ["nan", "nan", "nan", "nan", rows[1]["video"]]
+    assert second.endswith(rows[1]["failures"][0])
 
-    rows = run("a dog")  # one prompt for all, and each file's own frame rate
-    monkeypatch.setattr(scorer, "fps", 8)
-    expected = scorer(read_video(paths[1])[0][None], ["a dog"])
-    assert rows[1]["prompt"] == "a dog" and rows[1]["MQ"] == pytest.approx(expected["MQ"].item(), abs=1e-5)
+
+def test_command_with_one_prompt_for_all_videos(command, scorer, tmp_path):
+    rows = command("a dog")
+    assert [row["prompt"] for row in rows] == ["a dog", "a dog"]
+    video, fps = read_video(tmp_path / "b.mp4")
+    assert fps == 8  # each file is scored at its own frame rate
+    expected = scorer(video[None], ["a dog"], fps=8)
+    assert rows[1]["MQ"] == pytest.approx(expected["MQ"].item(), rel=5e-5)
+
+
+def test_command_refuses_wrong_prompts_and_missing_videos(command, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run("one", "two", "three")
+        command("one", "two", "three")
     assert "must have 1 or 2 (videos) lines" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command("one", " ")
+    assert "none of them empty" in capsys.readouterr().err
     (tmp_path / "b.mp4").unlink()
     with pytest.raises(SystemExit):
-        run("one")
-    assert f"every video must be a file: there is no {paths[1]}" in capsys.readouterr().err
+        command("one")
+    assert f"every video must be a file: there is no {tmp_path / 'b.mp4'}" in capsys.readouterr().err

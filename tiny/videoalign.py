@@ -1,7 +1,7 @@
 """VideoAlign and CLIP with random weights and a few thousand parameters, in the folder layout of the released ones.
 
-model.pth has the keys which the real one has: those of transformers 4.45 under PEFT, LoRA unmerged, in bf16. So the code
-that renames, merges, tokenises, resizes and scores is that of the full run; the scores mean nothing.
+model.pth has the keys of the real one: those of transformers 4.45 under PEFT, with LoRA unmerged, in bf16. So the code
+that renames, merges, tokenises, resizes and scores is that of the full run. The scores mean nothing.
 """
 
 import json
@@ -41,23 +41,26 @@ def build_tiny_videoalign(folder, seed=0, output_dim=1):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(checkpoint / "tokenizer")
     config = tiny_config(len(tokenizer))
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "model_config.json").write_text(json.dumps(tiny_settings(output_dim), indent=2), encoding="utf-8")
-    with torch.random.fork_rng(devices=[]):  # random weights only: the caller's generator is left as it was
+    write_json(folder / "config.json", config)
+    write_json(folder / "model_config.json", tiny_settings(output_dim))
+    config_in_fp32 = Qwen2VLConfig(**config | {"torch_dtype": "float32"})
+    with torch.random.fork_rng(devices=[]):  # the caller's generator is left as it was
         torch.manual_seed(seed)
-        state = original_state(Qwen2VLModel(Qwen2VLConfig(**config | {"torch_dtype": "float32"})), output_dim)
-    torch.save({key: tensor.bfloat16() for key, tensor in state.items()}, checkpoint / "model.pth")
+        state = original_state(Qwen2VLModel(config_in_fp32), output_dim)
+    state_in_bf16 = {key: tensor.bfloat16() for key, tensor in state.items()}
+    torch.save(state_in_bf16, checkpoint / "model.pth")
     return folder
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def tiny_tokenizer():
     """One token a byte, no merges: every text can be encoded, and nothing has to be trained."""
     tokens = ["<|endoftext|>", *CHAT_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *REWARD_TOKENS]
-    return Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=[],
-        additional_special_tokens=CHAT_TOKENS + REWARD_TOKENS,
-    )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=CHAT_TOKENS + REWARD_TOKENS)
 
 
 def tiny_config(vocab_size):
@@ -108,28 +111,34 @@ def tiny_settings(output_dim):
         },
         "peft_lora_config": {"lora_enable": True, "lora_r": LORA_RANK, "lora_alpha": LORA_ALPHA, "use_rslora": False},
         "inference_config": {
-            **{"VQ_mean": 3.6757, "MQ_mean": 1.1646, "TA_mean": 2.8105},
-            **{"VQ_std": 2.2476, "MQ_std": 1.3811, "TA_std": 2.5121},
+            "VQ_mean": 3.6757,
+            "VQ_std": 2.2476,
+            "MQ_mean": 1.1646,
+            "MQ_std": 1.3811,
+            "TA_mean": 2.8105,
+            "TA_std": 2.5121,
         },
     }
 
 
 def original_state(model, output_dim):
-    """State dict of a Qwen2VLModel under its names in transformers 4.45 and PEFT, with LoRA on the text model's layers."""
-    state, width, vocab = {}, model.config.text_config.hidden_size, model.config.text_config.vocab_size
+    """The state dict of a Qwen2VLModel as transformers 4.45 and PEFT name it, with LoRA on the text model's layers."""
+    state = {}
     for name, weight in model.state_dict().items():
-        old = "base_model.model." + name.replace("language_model.", "model.")
-        stem, _, leaf = old.rpartition(".")
+        old_name = "base_model.model." + name.replace("language_model.", "model.")
+        stem, _, leaf = old_name.rpartition(".")
         if "norm" in name or "ln_q" in name:
-            weight = weight + 0.1 * torch.randn_like(weight)  # else a lost norm weight would go unnoticed
-        if not stem.endswith("_proj"):
-            state[old] = weight
-            continue
-        state[f"{stem}.base_layer.{leaf}"] = weight
-        if leaf == "weight":
+            weight = weight + 0.1 * torch.randn_like(weight)  # all are 1 as initialised: a lost one would go unnoticed
+        if stem.endswith("_proj"):
+            state[f"{stem}.base_layer.{leaf}"] = weight
+        else:
+            state[old_name] = weight
+        if stem.endswith("_proj") and leaf == "weight":
             state[f"{stem}.lora_A.default.weight"] = 0.1 * torch.randn(LORA_RANK, weight.shape[1])
             state[f"{stem}.lora_B.default.weight"] = 0.1 * torch.randn(weight.shape[0], LORA_RANK)
-    state["base_model.model.lm_head.weight"] = torch.randn(vocab, width)  # no score reads it
+    width = model.config.text_config.hidden_size
+    vocabulary = model.config.text_config.vocab_size
+    state["base_model.model.lm_head.weight"] = torch.randn(vocabulary, width)  # no score reads it
     state["base_model.model.rm_head.weight"] = 0.3 * torch.randn(output_dim, width)
     return state
 
@@ -137,7 +146,8 @@ def original_state(model, output_dim):
 def build_tiny_clip(folder, seed=0):
     """Write a CLIP folder, for CLIPScore and PickScore."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(letter + "</w>" for letter in alphabet)]
+    word_ends = [letter + "</w>" for letter in alphabet]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *word_ends]
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "vocab_size": len(tokens)}
     image = {"image_size": 32, "patch_size": 8}
@@ -145,5 +155,6 @@ def build_tiny_clip(folder, seed=0):
         torch.manual_seed(seed)
         model = CLIPModel(CLIPConfig(text_config=tower | ids, vision_config=tower | image, projection_dim=16))
     model.save_pretrained(folder)
-    CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
     return Path(folder)
