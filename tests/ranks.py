@@ -38,24 +38,44 @@ def collect_with_rewards_by_place(policy, reward, prompts, sde, generators, conf
     return grpo.collect(policy, by_place, prompts, sde, generators, config, steps_made, ranks, callback)
 
 
-def full_rank_module():
-    """Three weights and a batch of 256 for the middle one and its neighbours: the gradients have full rank."""
+class Layers(torch.nn.Module):
+    """Three linear layers under the name that train.make_optimizers looks for, each applied to the same input."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(48, width) for width in (32, 48, 33)])
+
+    def forward(self, x):
+        return [layer(x) for layer in self.blocks]
+
+
+def full_rank_batch():
+    """(module, x, pulls): the loss Σ layer(x)·pull has the gradient pullᵀ for a weight, of singular values 0.5 to 1."""
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(32, 48), torch.nn.Linear(48, 48), torch.nn.Linear(48, 33)]
-    return torch.nn.ModuleDict({"blocks": torch.nn.Sequential(*layers)}), torch.randn(256, 32), torch.randn(256, 33)
+    module, pulls = Layers(), []
+    for layer in module.blocks:
+        left, _ = torch.linalg.qr(torch.randn(48, 48))
+        right, _ = torch.linalg.qr(torch.randn(layer.out_features, layer.out_features))
+        values = torch.linspace(0.5, 1, layer.out_features)
+        pulls.append(left[:, : layer.out_features] * values @ right)
+    return module, torch.eye(48), pulls
+
+
+def backward(module, x, pulls, share=slice(None)):
+    outputs = module(x[share])
+    sum((output * pull[share]).sum() for output, pull in zip(outputs, pulls, strict=True)).backward()
 
 
 def muon_step(file, world=1, rank=0):
     """Save {name: step of the weight} of one optimizer step, sharded over the ranks, each with its share of the batch."""
-    module, x, y = full_rank_module()
+    module, x, pulls = full_rank_batch()
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     if world > 1:
-        for layer in module["blocks"]:
+        for layer in module.blocks:
             fully_shard(layer)
         fully_shard(module)
     optimizers = train.make_optimizers(module, Config(optimizer="muon", learning_rate=1e-2))
-    share = slice(rank * 256 // world, (rank + 1) * 256 // world)
-    (module["blocks"](x[share]) - y[share]).square().mean().backward()
+    backward(module, x, pulls, slice(rank * 48 // world, (rank + 1) * 48 // world))
     for optimizer in optimizers:
         optimizer.step()
     after = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))

@@ -158,21 +158,23 @@ def test_another_number_of_ranks_can_export(runs, tmp_path):
 
 
 def test_two_ranks_take_the_muon_step_of_one(runs, tmp_path):
-    """On gradients of full rank, relative to the norm of each step. Newton–Schulz in bf16 rounds up to 5% (measured over 20
-    seeds). The control is what a rank would get that orthogonalised its own rows alone: 40% and more."""
+    """On gradients of full rank, relative to the norm of each step; Newton–Schulz rounds to bf16, to some 1%.
+
+    The control is what a rank would get that orthogonalised its own rows alone.
+    """
     ranks.muon_step(tmp_path / "one.pt")
     one, two = torch.load(tmp_path / "one.pt"), torch.load(runs / "muon-step.pt")
-    module, x, y = ranks.full_rank_module()
-    (module["blocks"](x) - y).square().mean().backward()
+    module, x, pulls = ranks.full_rank_batch()
+    ranks.backward(module, x, pulls)
     for name, parameter in module.named_parameters():
         if parameter.ndim != 2:
             torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-6)  # AdamW's
             continue
-        assert (two[name] - one[name]).norm() < 0.1 * one[name].norm()
+        assert (two[name] - one[name]).norm() < 0.03 * one[name].norm()
         halves = []
         for gradient in parameter.grad.chunk(2):
             half = torch.nn.Parameter(torch.zeros_like(gradient))
             half.grad = gradient.clone()
             torch.optim.Muon([half], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
             halves.append(half.detach())
-        assert (torch.cat(halves) - one[name]).norm() > 0.3 * one[name].norm()
+        assert (torch.cat(halves) - one[name]).norm() > 0.1 * one[name].norm()
