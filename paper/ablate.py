@@ -230,7 +230,7 @@ def summarise(run, noises):
     numbers["Overall"] = scores[-1]
     numbers["fall"] = max(scores) - scores[-1]  # from the best evaluation to the last
     numbers["late_gain"] = scores[-1] - scores[-2]  # over the last ten iterations
-    numbers["late_std"] = float(np.mean([line["group_std"] for line in log[-10:]]))  # exploration at the end
+    numbers["late_std"] = float(np.mean([line["group_std"] for line in log[1:][-10:]]))  # exploration at the end
     numbers["rollout_distance"] = first_rollout["distance_mean"]  # of the first rollouts: the sampler alone
     before, after = (torch.from_numpy(np.load(run / f"samples_{when}.npy")) for when in ("before", "after"))
     numbers["drift"] = (world.from_uint8(after) - world.from_uint8(before)).square().mean().sqrt().item()

@@ -1,8 +1,7 @@
-"""The ablation grid, its claims and verdicts, the figures, and the README's tables against results.json."""
+"""The ablation grid, its claims and verdicts, and the tables of RESULTS.md against results.json."""
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +11,42 @@ import torch
 import train
 from sde import SDE, sigma_schedule
 from paper import ablate, claims, figures
+from toy import world
 
 ROOT = Path(train.__file__).parent
 
 
+def some_best():
+    """The first candidate of each tuned row, in place of a tuning."""
+    return {name: choice[0] for name, choice in ablate.candidates().items()}
+
+
 def test_every_row_is_a_valid_run_and_every_claim_names_rows_of_the_grid():
-    rows = ablate.grid()
+    rows = ablate.grid(some_best())
     for name, settings in rows.items():
         ablate.config(settings).check(ranks=1)
-        assert ablate.label(settings) == name
+        assert train.parse(ablate.as_options(ablate.config(settings)))[0] == ablate.config(settings), name
     for claim in claims.CLAIMS:
         for a, b in claim.pairs:
             assert a in rows and (b is None or b in rows), claim.text
-    assert ablate.needed([claim for claim in claims.CLAIMS if claim.quick]).keys() < rows.keys()
+    assert len({claim.text for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+    assert ablate.needed(rows, [claim for claim in claims.CLAIMS if claim.quick]).keys() < rows.keys()
+    assert set(claims.PAPER_TABLE_2) - rows.keys() == {"before training"}
+    assert not set(ablate.SEEDS) & set(ablate.TUNING_SEEDS)
 
 
-@pytest.mark.parametrize("sde_type", ablate.RIVALS)
-def test_matched_eta_injects_the_same_variance(sde_type):
-    total = [SDE(name, eta, sigma_schedule(10), False).variance.sum() for name, eta in (("sage_grpo", 0.5), (sde_type, ablate.matched_eta(sde_type)))]
-    assert total[1].item() == pytest.approx(total[0].item(), rel=1e-3)
+def test_tuned_rows_differ_in_one_setting_and_have_candidates_enough():
+    for name, choice in ablate.candidates().items():
+        differing = {key for settings in choice for key in settings if settings[key] != choice[0].get(key)}
+        assert differing == {"kl_lambda" if name.startswith("kl,") else "learning_rate"}
+        assert len(choice) >= (4 if name.startswith("kl,") else 3)
+
+
+@pytest.mark.parametrize("sampler", ["flow", "dance", "cps", "exact"])
+def test_matched_eta_injects_the_same_variance(sampler):
+    etas = {"sage_grpo": 0.5, ablate.SAMPLERS[sampler]: ablate.matched_eta(sampler)}
+    target, matched = (SDE(name, eta, sigma_schedule(10), False).variance.sum().item() for name, eta in etas.items())
+    assert matched == pytest.approx(target, rel=1e-3)
 
 
 def test_students_quantiles():
@@ -67,32 +83,51 @@ def test_agreement_counts_the_signs_of_decided_claims():
 
 
 def test_a_run_of_the_grid_stops_resumes_and_is_summarised(tmp_path):
-    settings = ablate.config(dict(batch_size=16, micro_batch=16, updates=1, checkpoint_every=1, runs=str(tmp_path), name="row"))
-    run = tmp_path / "row"
+    small = dict(batch_size=16, micro_batch=16, iterations=1, checkpoint_every=1, runs=str(tmp_path), name="row")
+    settings, run = ablate.config(small), tmp_path / "row"
     assert not ablate.is_done(run, settings)
     ablate.run_one((run, settings))
     assert ablate.is_done(run, settings)
-    with pytest.raises(ValueError, match="its updates differ; delete the folder"):
-        ablate.is_done(run, ablate.config(asdict(settings) | dict(updates=2)))
-    (run / "samples_after.npy").unlink()  # as if killed between the checkpoint and the pictures
+    with pytest.raises(ValueError, match="its iterations differ; delete the folder"):
+        ablate.is_done(run, ablate.config(small | dict(iterations=2)))
+    log = (run / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(log[-1])
+    unfinished = {name: value for name, value in line.items() if not name.startswith("eval_")}
+    (run / "metrics.jsonl").write_text("\n".join([*log[:-1], json.dumps(unfinished)]) + "\n")  # killed in its evaluation
+    assert not ablate.is_done(run, settings)
     ablate.run_one((run, settings))
     assert ablate.is_done(run, settings)
     numbers = ablate.summarise(run, settings.eval_noises)
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert numbers["Overall"] == pytest.approx(last["eval_VQ"] + last["eval_MQ"] + last["eval_TA"], abs=1e-5)
+    assert numbers["Overall"] == pytest.approx(line["eval_VQ"] + line["eval_MQ"] + line["eval_TA"], abs=1e-5)
     assert 0 < numbers["drift"] < 0.5 and 0.2 < numbers["diversity"] < 1.5
 
 
-def test_diversity_is_the_spread_that_clean_clips_have(tmp_path):
+def test_diversity_is_the_spread_that_clean_clips_have():
     """The middle of a clean clip's path is uniform within ±1.5 pixels, so its std is 3/√12."""
-    prompts = [prompt for prompt in figures.world.PROMPTS for _ in range(2)]
-    videos = figures.world.to_uint8(figures.world.clean_clips(prompts, torch.Generator().manual_seed(0))).numpy()
-    np.save(tmp_path / "samples_before.npy", videos), np.save(tmp_path / "samples_after.npy", videos)
-    line = {"update": 0, "distance_mean": 0.0} | {f"eval_{name}": 0.0 for name in ("reward", "VQ", "MQ", "TA", "distance")}
-    (tmp_path / "metrics.jsonl").write_text("\n".join([json.dumps(line)] * 2))
-    numbers = ablate.summarise(tmp_path, 2)
-    assert numbers["diversity"] == pytest.approx(3 / math.sqrt(12), rel=0.12)
-    assert numbers["drift"] == numbers["diversity_lost"] == 0
+    prompts = [prompt for prompt in world.PROMPTS for _ in range(2)]
+    videos = world.to_uint8(world.clean_clips(prompts, torch.Generator().manual_seed(0)))
+    assert ablate.diversity(videos, 2) == pytest.approx(3 / math.sqrt(12), rel=0.12)
+
+
+def test_rank_correlation_of_equal_and_reversed_orders():
+    names = [name for name in claims.PAPER_TABLE_2 if name.endswith(",A")]
+    for sign in (1, -1):
+        rows = {name: {"Overall": [sign * claims.PAPER_TABLE_2[name][0] * 3]} for name in names}
+        assert claims.rank_correlation({"rows": rows}, "A") == pytest.approx(sign)
+
+
+def test_results_are_written_one_row_a_line_and_read_back(tmp_path):
+    results = {"seeds": [0, 1], "rows": {"a": {"x": [1.5]}, "b": {"x": [2.5]}}, "claims": [{"text": "ö"}], "empty": []}
+    ablate.write_results(tmp_path / "results.json", results)
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text) == results and len(text.splitlines()) == 11
+
+
+def test_tables_are_put_in_their_places(tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text("before\n<!-- table: correlations -->\nold\n<!-- end -->\nafter\n")
+    with pytest.raises(ValueError, match="one place for each table: got 0 for 'claims of the paper'"):
+        claims.write_tables(json.loads((ROOT / "results.json").read_text()), page)
 
 
 def test_quadrature_of_the_figure_agrees_with_eq_5():
@@ -118,10 +153,12 @@ def test_the_diagram_names_functions_that_exist():
             assert name in found or (name.endswith("…") and found), function
 
 
-def test_readme_tables_are_those_of_results_json():
-    results, readme = json.loads((ROOT / "results.json").read_text()), (ROOT / "README.md").read_text()
+def test_tables_of_the_results_page_are_those_of_results_json():
+    results, page = json.loads((ROOT / "results.json").read_text()), (ROOT / "RESULTS.md").read_text()
     assert results["claims"] == claims.judge(results["rows"], claims.CLAIMS)
-    tables = [claims.markdown(results["claims"], kind) for kind in (claims.PAPER, claims.OURS)]
-    for table in (*tables, claims.markdown(results["removed"]["claims"]), claims.table_2(results)):
-        assert table in readme
+    for name, table in claims.tables(results).items():
+        assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in page
     assert len(results["seeds"]) >= 5
+    best = {name: max(tried, key=lambda entry: np.mean(entry["Overall"]))["settings"] for name, tried in results["tuning"].items()}
+    rows = ablate.grid(best)
+    assert {name: row["settings"] for name, row in results["rows"].items()} == json.loads(json.dumps(rows))

@@ -1,13 +1,15 @@
-"""The README's commands, table and glossary against the code."""
+"""The README's commands, settings and glossary against the code."""
 
-import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import train
+from config import parse
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,46 +19,46 @@ def section(title):
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_every_function_of_the_equation_table_exists():
-    named = re.findall(r"`((?:sde|equalizer|trust_region|rewards|grpo)\.[\w.]+)`", section("Equation → function"))
-    for name in named:
-        module, *path = name.split(".")
-        if path == ["py"]:
-            continue
-        target = importlib.import_module(module)
-        for part in path:
-            if (module, part) == ("sde", "std"):
-                target = train.SDE("sage_grpo", 0.5, train.sigma_schedule(3))
-            target = getattr(target, part)
-    assert len(named) > 20
-
-
-@pytest.mark.parametrize("number", range(1, 17))
-def test_each_equation_is_found_by_its_number(number):
-    assert re.search(rf"^\| {number} \|", section("Equation → function"), re.M)
-    code = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("sde", "equalizer", "trust_region", "rewards"))
-    assert re.search(rf"(Eq\. {number}:|A_i of Eq\. {number}:|\bEq\. {number}\b)", code)
-
-
 def test_options_and_files_named_in_the_readme_exist(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--local-dir", "--nnodes", "--nproc-per-node", "--json", "--quick"}
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--local-dir", "--nnodes", "--nproc-per-node", "--json"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
-    for name in re.findall(r"`((?:toy/)?\w+\.py)`", README):
-        assert (ROOT / name).exists() or (ROOT / "toy" / name).exists(), name
+    for name in re.findall(r"`((?:\w+/)?\w+\.py)`", README):
+        places = [ROOT / name, ROOT / "toy" / name, ROOT / "paper" / name]
+        assert any(place.exists() for place in places), name
+    for name in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / name).exists(), name
 
 
 def test_presets_in_commands_parse():
     for command in re.findall(r"^(?:.*&& \.venv/bin/)?python train\.py(.*)$", README, re.M):
         arguments = command.split("#")[0].split()
         if "--resume" not in arguments:
-            plan = ["--dry-run"] + (["--gpus", "8"] if "paper" in arguments and "--gpus" not in arguments else [])
-            train.parse([*arguments, *plan])
+            train.parse([*arguments, "--dry-run"])
+
+
+def shown(value):
+    """A setting as the README writes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_the_table_of_settings_holds_what_the_presets_do():
+    compared = 0
+    for row in section("Settings: the paper, its released code, ours").splitlines():
+        cells = row.split("|")
+        if not row.startswith("| `"):
+            continue
+        names = re.findall(r"`(\w+)`", cells[1])
+        for preset, cell in (("paper", cells[4]), ("release", cells[5])):
+            config, _ = parse(["--preset", preset, "--dry-run"])
+            assert re.findall(r"`([^`]+)`", cell) == [shown(getattr(config, name)) for name in names], (preset, names)
+            compared += len(names)
+    assert compared > 60
 
 
 def test_every_logged_metric_is_explained_once(tmp_path):
-    train.main(["--runs", str(tmp_path), "--name", "run", "--updates", "1", "--batch_size", "16", "--micro_batch", "16"])
+    train.main(["--runs", str(tmp_path), "--name", "run", "--iterations", "1", "--batch_size", "16", "--micro_batch", "16"])
     logged = {name for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
     rows = [row.split("|")[1] for row in section("Metrics").splitlines() if row.startswith("| `")]
     explained = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
@@ -71,7 +73,9 @@ def test_test_command_is_what_ci_runs():
 
 def test_the_toy_runs_without_the_full_runs_packages():
     code = "import sys; sys.modules.update(diffusers=None, transformers=None, peft=None); import train, toy.model, toy.gaussian"
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_nothing_is_left_to_fill_in():
+    for name in ("README.md", "RESULTS.md", "EQUATIONS.md"):
+        assert not re.search(r"@\w+@", (ROOT / name).read_text(encoding="utf-8")), name
