@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -72,10 +73,10 @@ def candidates():
     """{row: list of settings to choose from}: the rows whose settings are tuned."""
     rows = {}
     lambdas = {
-        "fixed": (0.003, 0.01, 0.03, 0.1),
-        "stepwise": (0.03, 0.1, 0.3, 1.0),
-        "moving": (0.01, 0.03, 0.1, 0.3),
-        "dual": (0.01, 0.03, 0.1, 0.3),
+        "fixed": (0.001, 0.003, 0.01, 0.03, 0.1),
+        "stepwise": (0.01, 0.03, 0.1, 0.3, 1.0),
+        "moving": (0.003, 0.01, 0.03, 0.1, 0.3),
+        "dual": (0.003, 0.01, 0.03, 0.1, 0.3),
     }
     for steps in (1, 9):
         for mode, values in lambdas.items():
@@ -86,6 +87,16 @@ def candidates():
         rows[f"steps,{steps}"] = [recipe(steps) | dict(learning_rate=rate) for rate in values]
     rows["muon"] = [dict(optimizer="muon", learning_rate=rate) for rate in (3e-4, 6e-4, 1.2e-3, 2.4e-3)]
     return rows
+
+
+def candidate_row(name, settings):
+    """The row of one candidate: kl,1,dual with λ_KL 0.03 is "kl,1,dual,0.03"."""
+    return f"{name},{settings[tuned_setting(name)]:g}"
+
+
+def tuned_setting(name):
+    """The setting in which the candidates of a row differ."""
+    return "kl_lambda" if name.startswith("kl,") else "learning_rate"
 
 
 def grid(best):
@@ -182,10 +193,15 @@ def run_all(folder, rows, seeds, shorten):
     total = len(rows) * len(list(seeds))
     print(f"{len(rows)} rows × {len(list(seeds))} seeds in {folder}: {total - len(jobs)} done, {len(jobs)} to run")
     spawn = multiprocessing.get_context("spawn")
-    # On Ctrl-C the pool ends its processes; each run has its own checkpoints to go on from.
-    with spawn.Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
-        for _ in tqdm(pool.imap_unordered(run_one, jobs), total=len(jobs), unit="run"):
-            pass
+    with ProcessPoolExecutor(os.cpu_count(), spawn, torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(run_one, job) for job in jobs]
+        try:
+            for future in tqdm(as_completed(futures), total=len(jobs), unit="run"):
+                future.result()  # raises what the run raised
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.kill()  # a run that is killed goes on from its last checkpoint
+            raise
 
 
 def whole(settings):
@@ -202,13 +218,16 @@ def shortened(settings):
 
 def tune(folder):
     """Run all candidates. Returns ({row: settings of the best}, {row: [{settings, Overall: [one per tuning seed]}]})."""
-    rows = {f"{name},{number}": settings for name, choice in candidates().items() for number, settings in enumerate(choice)}
+    rows = {}
+    for name, choice in candidates().items():
+        for settings in choice:
+            rows[candidate_row(name, settings)] = settings
     run_all(folder, rows, TUNING_SEEDS, whole)
     best, tried = {}, {}
     for name, choice in candidates().items():
         tried[name] = []
-        for number, settings in enumerate(choice):
-            runs = [folder / f"seed-{seed}" / f"{name},{number}" for seed in TUNING_SEEDS]
+        for settings in choice:
+            runs = [folder / f"seed-{seed}" / candidate_row(name, settings) for seed in TUNING_SEEDS]
             tried[name].append({"settings": settings, "Overall": [round(overall(read_log(run)[-1]), 6) for run in runs]})
         best[name] = max(tried[name], key=lambda entry: np.mean(entry["Overall"]))["settings"]
     return best, tried
