@@ -129,9 +129,9 @@ LAST_STEP = tuple((f"{s},dual,A", f"{s},noisy last step") for s in ("sage", "flo
 RECIPE = [
     Claim("steps", "one optimizer step per iteration ends above three, at equal rollouts", (("steps,1", "steps,3"),), quick=False),
     Claim("steps", "one optimizer step per iteration ends above nine, at equal rollouts", (("steps,1", "steps,9"),), quick=False),
-    Claim("dual", "one optimizer step, λ_KL = 0.1 for both: dual KL ends above moving", (("steps,1", "steps,1,moving"),), quick=False),
-    Claim("dual", "three optimizer steps, λ_KL = 0.1 for both: dual KL ends above moving", (("steps,3", "steps,3,moving"),), quick=False),
-    Claim("dual", "nine optimizer steps, λ_KL = 0.1 for both: dual KL ends above moving", (("steps,9", "steps,9,moving"),), quick=False),
+    Claim("dual", "one optimizer step, the same λ_KL: dual KL ends above moving", (("steps,1", "steps,1,moving"),), quick=False),
+    Claim("dual", "three optimizer steps, the same λ_KL: dual KL ends above moving", (("steps,3", "steps,3,moving"),), quick=False),
+    Claim("dual", "nine optimizer steps, the same λ_KL: dual KL ends above moving", (("steps,9", "steps,9,moving"),), quick=False),
     Claim("optimizer", "Muon ends above AdamW", (("muon", "steps,1"),), quick=False),
     Claim("KL form", "nine steps, dual: the closed form ends above Eq. 15", (("kl,9,dual,closed form", "kl,9,dual"),), quick=False),
     Claim(
