@@ -1,4 +1,4 @@
-"""Temporal gradient equalizer: Eq. 8 and 9. One scale per step, so that each step moves the policy as much as any other."""
+"""Temporal gradient equalizer: Eq. 8 and 9. One scale per step, so that all steps move the policy equally."""
 
 import torch
 
@@ -7,9 +7,9 @@ def gradient_norms(sde):
     """N_t = |∂mean/∂v| / Σ = |b_t| / Σ_t: the norm of Eq. 8 taken with respect to the VELOCITY. Float64 [T].
 
     Eq. 8 as printed is another norm:  ‖∇_mean log π‖ ∝ 1/Σ, with respect to the mean. It vanishes at high noise and
-    explodes at low noise (Fig. 4). What the optimizer sees is the gradient at the network's output, one link further along
-    the chain rule, and so does the released code: mean = a·x + b·v, hence ∂mean/∂v = b (sde.py). Scales made from the
-    printed 1/Σ alone would leave the norms a factor of 21 apart on the paper's schedule.
+    explodes at low noise (Fig. 4). What the optimizer sees is the gradient at the network's output, one link further
+    along the chain rule, and so does the released code: mean = a·x + b·v, hence ∂mean/∂v = b (sde.py). Scales made from
+    the printed 1/Σ alone would leave the norms a factor of 21 apart on the paper's schedule.
 
     With log π a mean over D elements, E‖∇_v log π‖ ≈ N_t / √D. Deterministic steps have no log-probability: 0.
     """

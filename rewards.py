@@ -20,15 +20,17 @@ REWARD_SETTINGS = {
 def composite_reward(scores, setting):
     """Eq. 10:  r = w_vq·VQ + w_mq·MQ + w_ta·TA, weights by the name of the paper's setting ("A" or "B").
 
-    scores: {"VQ": [B], "MQ": [B], "TA": [B], …}; further entries are left out of the reward. Returns float64 [B]; NaN where
-    any of the three is not finite.
+    scores: {"VQ": [B], "MQ": [B], "TA": [B], …}; further entries are left out of the reward. Returns float64 [B]; NaN
+    where any of the three is not finite.
     """
     if setting not in REWARD_SETTINGS:
         raise ValueError(f"reward setting must be one of {sorted(REWARD_SETTINGS)}: got {setting!r}")
     weights = REWARD_SETTINGS[setting]
     missing = sorted(weights.keys() - scores.keys())
     if missing:
-        raise ValueError(f"setting {setting} needs the scores {sorted(weights)}: the reward model did not return {missing}")
+        raise ValueError(
+            f"setting {setting} needs the scores {sorted(weights)}: the reward model did not return {missing}"
+        )
     reward = sum(weight * scores[name].double() for name, weight in weights.items())
     return torch.where(reward.isfinite(), reward, torch.nan)  # [B]
 

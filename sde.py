@@ -4,7 +4,7 @@ Paper: Manifold-Aware Exploration for Reinforcement Learning in Video Generation
 
 Symbols, here and in every other file; each letter means one thing:
     sigma, sigma'   noise level at the start and at the end of a step; sigma falls from 1 (pure noise) to 0 (data)
-    k               step index, sigmas[k] -> sigmas[k + 1];  T steps, T + 1 sigmas. The paper also writes t for it (S_t, N_t)
+    k               step index, sigmas[k] -> sigmas[k + 1];  T steps, T + 1 sigmas. In S_t and N_t the paper's t is k
     Δ  delta        sigma − sigma' > 0
     x, v            state and predicted velocity at sigma;  x' state at sigma'
     x0, z           data and noise;  x0_hat, z_hat: what a velocity predicts of them
@@ -57,7 +57,10 @@ def interpolate(x0, z, sigma):
 
 
 def predict_x0(x, v, sigma):
-    """Eq. 3:  v = z − x0, hence x0_hat = x − sigma·v.  (A write-up's v = (x − x0)/(1 − sigma) is wrong: it is /sigma.)"""
+    """Eq. 3:  v = z − x0, hence x0_hat = x − sigma·v.
+
+    Erratum: one write-up prints v = (x − x0)/(1 − sigma). It is (x − x0)/sigma.
+    """
     return x - sigma * v
 
 
@@ -81,8 +84,8 @@ def diffusion_coefficient(sigma, eta):
     The drift of Eq. 16 keeps every marginal p_sigma of the ODE for ANY function ε(sigma): in the Fokker–Planck equation
     the term −½ε²·s cancels the diffusion. This ε is the paper's choice among them; DanceGRPO's is the constant η.
 
-    No training code calls this function, since a step needs ε² only in integrated form, Eq. 5. It stands here so that the
-    tests and figures can integrate it by quadrature and compare.
+    No training code calls this function, since a step needs ε² only in integrated form, Eq. 5. It stands here so that
+    the tests and figures can integrate it by quadrature and compare.
     """
     return eta * math.sqrt(sigma / (1 - sigma))
 
@@ -144,8 +147,8 @@ def exact_variance(sigma, sigma_next, eta):
 def mean_of_eq_7(x, v, sigma, sigma_next, variance):
     """Eq. 7:  x' = x − Δ·v + ½Σ²·s + Σ·ξ,  ξ ~ N(0, I); this is its mean.
 
-    It is Eq. 16 over one step with v and s frozen at their values at sigma. The sign of the score's term: sigma runs down,
-    dsigma = −Δ, so the drift −½ε²·s dsigma becomes +½Σ²·s.
+    It is Eq. 16 over one step with v and s frozen at their values at sigma. The sign of the score's term: sigma runs
+    down, dsigma = −Δ, so the drift −½ε²·s dsigma becomes +½Σ²·s.
     """
     delta = sigma - sigma_next
     return x - delta * v + variance / 2 * score(x, v, sigma)
@@ -162,7 +165,7 @@ def coefficients_keeping_mean(x, v, sigma, sigma_next, variance):
 
 # ---------------------------------------------------------------------------------------------- the SDE
 class Step(NamedTuple):
-    """One step  x' = a·x + b·v + Σ·ξ  for each of B samples; the entries are shaped [B, 1, …] to broadcast against x."""
+    """One step  x' = a·x + b·v + Σ·ξ  of B samples; each entry is shaped [B, 1, …], to broadcast against x."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -220,8 +223,8 @@ class SDE:
 
         Where Σ = 0 every rule is the Euler step of Eq. 1, x − Δ·v.
 
-        x, v: [B, …] float32 or float64, as are the results; k: an int, or a LongTensor [B], each sample at its own step.
-        std is [B, 1, …], broadcastable to x.
+        x, v: [B, …] float32 or float64, as are the results; k: an int, or a LongTensor [B], each sample at its own
+        step. std is [B, 1, …], broadcastable to x.
         """
         if x.shape != v.shape:
             raise ValueError(f"x and v must have one shape: got {tuple(x.shape)} and {tuple(v.shape)}")
@@ -234,12 +237,12 @@ def log_prob(x_next, mean, std):
 
     x_next, mean: [B, …]; std: one number for each sample ([B, 1, …]), or one for all.
 
-    Why the mean, and why the paper's clip range is 1e-4 and not 0.2: let an update move the mean by δ standard deviations
-    in every element. The log ratio of the sum over D elements would be D times that of one element, −D·δ²/2 + …, and
-    the ratio would leave any interval at video sizes. The mean's log ratio is −δ²/2 + δ·ξ̄ with ξ̄ ~ N(0, 1/D): its spread
-    over samples falls like 1/√D, but its shift −δ²/2 does not depend on D. So one clip range does NOT serve every
-    resolution: at D = 3·10³ a clip range of 1e-4 sees the spread; at D = 10⁶ the ratio is nearly deterministic and below
-    1, and from δ ≈ 0.014 on only 1 − c is ever passed, that is, only samples with A < 0 are clipped.
+    Why the mean, and why the paper's clip range is 1e-4 and not 0.2: let an update move the mean by δ standard
+    deviations in every element. The log ratio of the summed log-probability would be near −D·δ²/2, and the ratio would
+    leave any interval at video sizes. The log ratio of the mean is −δ²/2 + δ·ξ̄ with ξ̄ ~ N(0, 1/D). Its spread over
+    samples falls like 1/√D, but its shift −δ²/2 does not depend on D. So one clip range does NOT serve every resolution.
+    At D = 3·10³ a clip range of 1e-4 sees the spread. At D = 10⁶ the ratio is nearly deterministic and below 1: from
+    δ ≈ 0.014 on only 1 − c is ever passed, that is, only samples with A < 0 are clipped.
 
     The released code takes the mean as well, without a word. CPS' authors drop constants and Σ altogether, which would
     give each sampler a learning rate of its own; here all samplers share this function. A step with std = 0 has no

@@ -3,7 +3,7 @@
 Position control keeps the policy θ near an anchor (the pre-trained policy, or a copy of θ refreshed every N optimizer
 steps); velocity control keeps it near π_old, the policy that made the rollout. The paper calls that one π_{k−1}.
 
-Velocity control needs several optimizer steps per iteration to act: with one, θ is π_old until the step is made (grpo.py).
+Velocity control acts from two optimizer steps per iteration on: with one, θ is π_old until that step is made (grpo.py).
 """
 
 import contextlib
@@ -61,9 +61,9 @@ def kl_coefficient(schedule, iteration, final, early, switch):
     """λ_KL at an iteration (counted from 0), Fig. 7. Paper: final 1e-5, early 1e-7; when to switch is not printed.
 
     fixed      final throughout
-    two_stage  early until iteration `switch`, then final: room to explore first, then a tighter region (best in the paper)
+    two_stage  early until iteration `switch`, then final: first room to explore, then a tighter region. The paper's best
     milder     early until `switch`, then the geometric mean of early and final (the paper's value is not printed; ours)
-    ramp       linear in the iteration, from early at 0 to final at `switch`: what is known of the released code's controller
+    ramp       linear, from early at iteration 0 to final at `switch`: what is known of the released code's controller
     """
     if schedule not in KL_SCHEDULES:
         raise ValueError(f"kl_schedule must be one of {', '.join(KL_SCHEDULES)}: got {schedule!r}")
@@ -84,11 +84,11 @@ class Anchor:
     Fixed KL: every = None, the anchor stays what it was at construction, the pre-trained policy.
 
     Frozen parameters are shared, not copied: under LoRA the anchor is one more adapter (and the fixed one, the initial
-    adapter with its zero output, is the base model), not a second 8.3B transformer. All copies are made shard by shard in
-    place, so a sharded FSDP2 module needs no special case. offload keeps the copy in host memory.
+    adapter with its zero output, is the base model), not a second 8.3B transformer. All copies are made shard by shard
+    in place, so a sharded FSDP2 module needs no special case. offload keeps the copy in host memory.
 
-    refreshed_at: the number of optimizer steps at which anchor and policy were last the same weights. Where a rollout was
-    collected at that same number, the anchor IS the policy that made the rollout, whose means are stored: no
+    refreshed_at: the number of optimizer steps at which anchor and policy were last the same weights. Where a rollout
+    was collected at that same number, the anchor IS the policy that made the rollout, whose means are stored: no
     reference pass is needed then.
     """
 
@@ -96,7 +96,9 @@ class Anchor:
         if every is not None and every < 1:
             raise ValueError(f"the anchor's refresh interval must be at least 1 optimizer step: got {every}")
         self.every, self.refreshed_at, self.offload = every, 0, offload
-        self._names, self._parameters = zip(*[(n, p) for n, p in module.named_parameters() if p.requires_grad], strict=True)
+        trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self._names = [name for name, _ in trained]
+        self._parameters = [parameter for _, parameter in trained]
         self._copies = [self._keep(_local(p)) for p in self._parameters]
 
     def _keep(self, shard):
@@ -104,7 +106,7 @@ class Anchor:
 
     @torch.no_grad()
     def maybe_refresh(self, steps_made):
-        """Call at the end of every iteration with the number of optimizer steps so far. Returns whether ref ← θ happened."""
+        """Call at the end of every iteration with the optimizer steps made so far. Returns whether ref ← θ happened."""
         if self.every is None or steps_made - self.refreshed_at < self.every:
             return False
         for copy, p in zip(self._copies, self._parameters, strict=True):
@@ -133,9 +135,10 @@ class Anchor:
 
     def state_dict(self):
         """The anchor's weights by parameter name, sharded like the module's (refreshed_at is the caller's to save)."""
-        return {
-            name: _shard_like(p, copy) for name, p, copy in zip(self._names, self._parameters, self._copies, strict=True)
-        }
+        state = {}
+        for name, parameter, copy in zip(self._names, self._parameters, self._copies, strict=True):
+            state[name] = _shard_like(parameter, copy)
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state, refreshed_at):
@@ -150,11 +153,13 @@ def _local(parameter):
 
 
 def _shard_like(parameter, shard):
-    """The inverse of _local: a shard seen as a part of the whole, which a checkpoint can give to any number of ranks."""
+    """The inverse of _local: a shard as a part of the whole, which a checkpoint can give to any number of ranks."""
     if not hasattr(parameter, "to_local"):
         return shard
     from torch.distributed.tensor import DTensor
 
     mesh, placements = parameter.device_mesh, parameter.placements
     shard = shard.to(parameter.to_local().device)
-    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(
+        shard, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )

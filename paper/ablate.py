@@ -1,7 +1,7 @@
 """The paper's ablations on the toy: which of its claims hold here, which do not, and how sure we are.
 
-    python -m paper.ablate --quick     a small grid, in about 10 minutes on two cores  -> runs/ablation/quick/results.json
-    python -m paper.ablate             all of it, in about 1 hour on two cores         -> results.json, RESULTS.md, figures/
+    python -m paper.ablate --quick     a small grid in about 10 minutes on two cores: runs/ablation/quick/results.json
+    python -m paper.ablate             all of it in about an hour: results.json, the tables of RESULTS.md, figures/
     python -m paper.ablate --tables    the tables of RESULTS.md anew, from results.json
 
 Every run of the grid is one plain `python train.py` of the toy with some options changed, on one core, so each of its
@@ -108,12 +108,18 @@ def grid(best):
     """{row: settings} of all rows. best: {row: settings} of the tuned ones, which are part of it."""
     rows = dict(best)
     # Table 2: sampler × KL × reward setting. A fixed anchor has the λ_KL that suits it best; our exact has one row.
-    modes = {"none": dict(kl_mode="none"), "fixed": dict(kl_mode="fixed", kl_lambda=best["kl,1,fixed"]["kl_lambda"]), "dual": {}}
+    modes = {
+        "none": dict(kl_mode="none"),
+        "fixed": dict(kl_mode="fixed", kl_lambda=best["kl,1,fixed"]["kl_lambda"]),
+        "dual": {},
+    }
     for sampler in SAMPLERS:
         for setting in "AB":
             for mode, settings in modes.items():
                 if sampler != "exact" or (mode, setting) == ("dual", "A"):
-                    rows[f"{sampler},{mode},{setting}"] = dict(sde_type=SAMPLERS[sampler], reward_setting=setting) | settings
+                    rows[f"{sampler},{mode},{setting}"] = (
+                        dict(sde_type=SAMPLERS[sampler], reward_setting=setting) | settings
+                    )
     for sampler, sde_type in SAMPLERS.items():
         rows[f"{sampler},equalizer off"] = dict(sde_type=sde_type, equalizer=False)  # Fig. 5
     for sampler in ("flow", "dance", "cps", "exact"):
@@ -167,7 +173,11 @@ def run_one(job):
         shutil.rmtree(run, ignore_errors=True)  # stopped before its first checkpoint
         arguments = as_options(settings)
     run.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.parent / f"{run.name}.txt", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with (
+        open(run.parent / f"{run.name}.txt", "w") as out,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
         train.main(arguments)
 
 
@@ -222,7 +232,7 @@ def shortened(settings):
 
 
 def tune(folder):
-    """Run all candidates. Returns ({row: settings of the best}, {row: [{settings, Overall: [one per tuning seed]}]})."""
+    """Run all candidates. Returns ({row: settings of the best}, {row: one {settings, Overall} for each candidate})."""
     rows = {}
     for name, choice in candidates().items():
         for settings in choice:
@@ -233,7 +243,9 @@ def tune(folder):
         tried[name] = []
         for settings in choice:
             runs = [folder / f"seed-{seed}" / candidate_row(name, settings) for seed in TUNING_SEEDS]
-            tried[name].append({"settings": settings, "Overall": [round(overall(read_log(run)[-1]), 6) for run in runs]})
+            tried[name].append(
+                {"settings": settings, "Overall": [round(overall(read_log(run)[-1]), 6) for run in runs]}
+            )
         best[name] = max(tried[name], key=lambda entry: np.mean(entry["Overall"]))["settings"]
     return best, tried
 
@@ -270,7 +282,7 @@ def diversity(videos, noises):
 
 
 def collect_results(folder, rows, seeds, chosen):
-    """{seeds, rows: {name: {settings, {number: [one per seed]}}}, claims: […]}: all that RESULTS.md and pictures quote."""
+    """All that RESULTS.md and the pictures quote: seeds; rows, with each number once per seed; claims."""
     table = {}
     for name, settings in rows.items():
         runs = [summarise(folder / f"seed-{seed}" / name, config(settings).eval_noises) for seed in seeds]
@@ -303,7 +315,9 @@ def read_results():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rows, 2 seeds, fewer iterations; tuned settings as shipped")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rows, 2 seeds, fewer iterations; tuned settings as shipped"
+    )
     parser.add_argument("--tables", action="store_true", help="run nothing: the tables of RESULTS.md from results.json")
     parser.add_argument("--runs", default="runs/ablation", help="folder of the runs (default runs/ablation)")
     options = parser.parse_args()

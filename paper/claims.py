@@ -1,8 +1,9 @@
 """What the paper claims, as differences between rows of the ablation grid, and the verdict of the toy on each.
 
-A difference is paired: both rows of a pair see the same prompts and noise, seed by seed. The interval is Student's at 95%
-over the seeds. A claim `holds` where the interval lies on the claimed side of 0, `does not hold` where it lies on the other
-side, and else `cannot be seen`. There are many claims: where the truth is 0, one in twenty is called wrongly by chance.
+A difference is paired: both rows of a pair see the same prompts and noise, seed by seed. The interval is Student's at
+95% over the seeds. A claim `holds` where the interval lies on the claimed side of 0, `does not hold` where it lies on
+the other side, and else `cannot be seen`. There are many claims: where the truth is 0, one in twenty is called wrongly
+by chance.
 """
 
 import re
@@ -39,22 +40,50 @@ def with_and_without_equalizer(sampler):
 STEPS = {1: "one optimizer step", 9: "nine optimizer steps"}
 
 TABLE_2 = [
-    Claim("Table 2", "SAGE ends above DanceGRPO (dual KL, settings A and B, equal η)", in_both_settings("sage,dual", "dance,dual")),
-    Claim("Table 2", "SAGE ends above FlowGRPO (dual KL, settings A and B, equal η)", in_both_settings("sage,dual", "flow,dual")),
-    Claim("Table 2", "SAGE ends above CPS (dual KL, settings A and B, equal η)", in_both_settings("sage,dual", "cps,dual")),
-    Claim("Table 2", "SAGE ends above DanceGRPO where that injects SAGE's total variance", (("sage,dual,A", "dance,equal variance"),)),
-    Claim("Table 2", "SAGE ends above FlowGRPO where that injects SAGE's total variance", (("sage,dual,A", "flow,equal variance"),)),
-    Claim("Table 2", "SAGE ends above CPS where that injects SAGE's total variance", (("sage,dual,A", "cps,equal variance"),)),
+    Claim(
+        "Table 2",
+        "SAGE ends above DanceGRPO (dual KL, settings A and B, equal η)",
+        in_both_settings("sage,dual", "dance,dual"),
+    ),
+    Claim(
+        "Table 2",
+        "SAGE ends above FlowGRPO (dual KL, settings A and B, equal η)",
+        in_both_settings("sage,dual", "flow,dual"),
+    ),
+    Claim(
+        "Table 2", "SAGE ends above CPS (dual KL, settings A and B, equal η)", in_both_settings("sage,dual", "cps,dual")
+    ),
+    Claim(
+        "Table 2",
+        "SAGE ends above DanceGRPO where that injects SAGE's total variance",
+        (("sage,dual,A", "dance,equal variance"),),
+    ),
+    Claim(
+        "Table 2",
+        "SAGE ends above FlowGRPO where that injects SAGE's total variance",
+        (("sage,dual,A", "flow,equal variance"),),
+    ),
+    Claim(
+        "Table 2",
+        "SAGE ends above CPS where that injects SAGE's total variance",
+        (("sage,dual,A", "cps,equal variance"),),
+    ),
     Claim(
         "Table 2",
         "dual KL ends above none (four samplers, settings A and B)",
-        tuple((f"{s},dual,{setting}", f"{s},none,{setting}") for s in ("sage", "flow", "dance", "cps") for setting in "AB"),
+        tuple(
+            (f"{s},dual,{setting}", f"{s},none,{setting}") for s in ("sage", "flow", "dance", "cps") for setting in "AB"
+        ),
         quick=False,
     ),
     Claim(
         "Table 2",
         "dual KL ends above fixed (four samplers, settings A and B)",
-        tuple((f"{s},dual,{setting}", f"{s},fixed,{setting}") for s in ("sage", "flow", "dance", "cps") for setting in "AB"),
+        tuple(
+            (f"{s},dual,{setting}", f"{s},fixed,{setting}")
+            for s in ("sage", "flow", "dance", "cps")
+            for setting in "AB"
+        ),
         quick=False,
     ),
     Claim(
@@ -77,7 +106,11 @@ FIGURE_1_3 = [
     for words, row in (("deterministic", "dual,A"), ("noisy", "noisy last step"))
 ]
 FIGURE_5 = [
-    Claim("Fig. 5", f"{NAMES[sampler]} ends higher with the equalizer than without", (with_and_without_equalizer(sampler),))
+    Claim(
+        "Fig. 5",
+        f"{NAMES[sampler]} ends higher with the equalizer than without",
+        (with_and_without_equalizer(sampler),),
+    )
     for sampler in NAMES
 ] + [
     Claim(
@@ -102,14 +135,22 @@ def figure_8(steps):
     dual = f"kl,{steps},dual"
     claims = []
     for mode in ("none", "fixed", "stepwise", "moving"):
-        claims.append(Claim("Fig. 8", f"{words}: dual KL ends above {mode}", ((dual, f"kl,{steps},{mode}"),), quick=quick))
+        claims.append(
+            Claim("Fig. 8", f"{words}: dual KL ends above {mode}", ((dual, f"kl,{steps},{mode}"),), quick=quick)
+        )
     for mode in ("none", "stepwise", "moving"):
         text = f"{words}: with KL {mode} the reward falls further from its best than with dual KL"
         claims.append(Claim("Fig. 8", text, ((f"kl,{steps},{mode}", dual),), "fall", quick=quick))
     pair = ((f"kl,{steps},none", dual),)
     claims += [
         Claim("Fig. 8", f"{words}: without KL the samples drift further than with dual KL", pair, "drift", quick=quick),
-        Claim("Fig. 8", f"{words}: without KL the trained samples lie further from the manifold", pair, "distance", quick=quick),
+        Claim(
+            "Fig. 8",
+            f"{words}: without KL the trained samples lie further from the manifold",
+            pair,
+            "distance",
+            quick=quick,
+        ),
         Claim(
             "Fig. 8",
             f"{words}: moving KL alone explores less at the end than dual KL (std within groups)",
@@ -127,13 +168,43 @@ PAPER = TABLE_2 + FIGURE_1_3 + FIGURE_5 + FIGURE_7 + FIGURE_8
 
 LAST_STEP = tuple((f"{s},dual,A", f"{s},noisy last step") for s in ("sage", "flow", "dance"))
 RECIPE = [
-    Claim("steps", "one optimizer step per iteration ends above three, at equal rollouts", (("steps,1", "steps,3"),), quick=False),
-    Claim("steps", "one optimizer step per iteration ends above nine, at equal rollouts", (("steps,1", "steps,9"),), quick=False),
-    Claim("dual", "one optimizer step, the same λ_KL: dual KL ends above moving", (("steps,1", "steps,1,moving"),), quick=False),
-    Claim("dual", "three optimizer steps, the same λ_KL: dual KL ends above moving", (("steps,3", "steps,3,moving"),), quick=False),
-    Claim("dual", "nine optimizer steps, the same λ_KL: dual KL ends above moving", (("steps,9", "steps,9,moving"),), quick=False),
+    Claim(
+        "steps",
+        "one optimizer step per iteration ends above three, at equal rollouts",
+        (("steps,1", "steps,3"),),
+        quick=False,
+    ),
+    Claim(
+        "steps",
+        "one optimizer step per iteration ends above nine, at equal rollouts",
+        (("steps,1", "steps,9"),),
+        quick=False,
+    ),
+    Claim(
+        "dual",
+        "one optimizer step, the same λ_KL: dual KL ends above moving",
+        (("steps,1", "steps,1,moving"),),
+        quick=False,
+    ),
+    Claim(
+        "dual",
+        "three optimizer steps, the same λ_KL: dual KL ends above moving",
+        (("steps,3", "steps,3,moving"),),
+        quick=False,
+    ),
+    Claim(
+        "dual",
+        "nine optimizer steps, the same λ_KL: dual KL ends above moving",
+        (("steps,9", "steps,9,moving"),),
+        quick=False,
+    ),
     Claim("optimizer", "Muon ends above AdamW", (("muon", "steps,1"),), quick=False),
-    Claim("KL form", "nine steps, dual: the closed form ends above Eq. 15", (("kl,9,dual,closed form", "kl,9,dual"),), quick=False),
+    Claim(
+        "KL form",
+        "nine steps, dual: the closed form ends above Eq. 15",
+        (("kl,9,dual,closed form", "kl,9,dual"),),
+        quick=False,
+    ),
     Claim(
         "KL form",
         "nine steps, step-wise alone: the closed form ends above Eq. 15",
@@ -145,16 +216,32 @@ OURS = [
     *RECIPE,
     Claim("RL", "training costs diversity", (("sage,dual,A", None),), "diversity_lost"),
     Claim("exact", "the exact step ends above SAGE (equal η)", (("exact,dual,A", "sage,dual,A"),)),
-    Claim("exact", "the exact step ends above SAGE where it injects SAGE's total variance", (("exact,equal variance", "sage,dual,A"),)),
-    Claim("exact", "its first rollouts lie nearer to the manifold than SAGE's", (("exact,dual,A", "sage,dual,A"),), "rollout_distance", -1),
-    Claim("exact", "its trained samples lie nearer to the manifold than SAGE's", (("exact,dual,A", "sage,dual,A"),), "distance", -1),
+    Claim(
+        "exact",
+        "the exact step ends above SAGE where it injects SAGE's total variance",
+        (("exact,equal variance", "sage,dual,A"),),
+    ),
+    Claim(
+        "exact",
+        "its first rollouts lie nearer to the manifold than SAGE's",
+        (("exact,dual,A", "sage,dual,A"),),
+        "rollout_distance",
+        -1,
+    ),
+    Claim(
+        "exact",
+        "its trained samples lie nearer to the manifold than SAGE's",
+        (("exact,dual,A", "sage,dual,A"),),
+        "distance",
+        -1,
+    ),
     Claim("last step", "a deterministic last step ends above a noisy one (SAGE, flow, dance)", LAST_STEP),
     Claim("last step", "with it, the trained samples lie nearer to the manifold", LAST_STEP, "distance", -1),
 ]
 CLAIMS = PAPER + OURS
 
-# The paper's Table 2 (HunyuanVideo-1.5, VideoAlign): Overall, VQ, MQ, TA, CLIPScore, PickScore. The review that it was taken
-# from shifts the heads of these columns by one.
+# The paper's Table 2 (HunyuanVideo-1.5, VideoAlign): Overall, VQ, MQ, TA, CLIPScore, PickScore. The review that it was
+# taken from shifts the heads of these columns by one.
 PAPER_TABLE_2 = {
     "before training": (0.0654, -0.7539, -0.5870, 1.4063, 0.5409, 0.7397),
     "dance,none,A": (0.2768, -0.7589, -0.3852, 1.4209, 0.5386, 0.7378),
@@ -231,7 +318,13 @@ def markdown(verdicts, claims=None):
     lines = ["| of | claim | number | difference ± 95% | on the toy |", "| --- | --- | --- | --- | --- |"]
     for entry in verdicts:
         if entry["text"] in texts:
-            cells = (entry["source"], entry["text"], entry["number"], f"{entry['mean']:+.3f} ± {entry['half']:.3f}", entry["verdict"])
+            cells = (
+                entry["source"],
+                entry["text"],
+                entry["number"],
+                f"{entry['mean']:+.3f} ± {entry['half']:.3f}",
+                entry["verdict"],
+            )
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -280,7 +373,8 @@ def tuning_table(results):
 def correlations(results):
     """One sentence on how the rows' order agrees with the paper's."""
     values = {setting: rank_correlation(results, setting) for setting in "AB"}
-    return f"Spearman's rank correlation with the paper, nine rows each: setting A {values['A']:+.2f}, setting B {values['B']:+.2f}."
+    numbers = f"setting A {values['A']:+.2f}, setting B {values['B']:+.2f}"
+    return f"Spearman's rank correlation with the paper, nine rows each: {numbers}."
 
 
 def tables(results):
@@ -301,7 +395,9 @@ def write_tables(results, path):
     text = path.read_text(encoding="utf-8")
     for name, table in tables(results).items():
         block = f"<!-- table: {name} -->\n{table}\n<!-- end -->"
-        text, count = re.subn(f"<!-- table: {re.escape(name)} -->\n.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)
+        text, count = re.subn(
+            f"<!-- table: {re.escape(name)} -->\n.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL
+        )
         if count != 1:
             raise ValueError(f"{path} must have one place for each table: got {count} for {name!r}")
     path.write_text(text, encoding="utf-8")

@@ -1,4 +1,6 @@
-"""The pictures of the ablation grid: Fig. 5, 7, 8 and Table 2 of the paper, on the toy. Bands and bars: 95% over seeds."""
+"""The pictures of the ablation grid: Fig. 5, 7, 8 and Table 2 of the paper, on the toy. Bands and bars: 95% over
+seeds.
+"""
 
 import matplotlib
 
@@ -85,7 +87,12 @@ def tuning(results, path):
 
 def schedules(logs, path):
     """Fig. 7: schedules of λ_KL."""
-    rows = {"fixed": "sage,dual,A", "two-stage": "schedule,two_stage", "ramp": "schedule,ramp", "milder": "schedule,milder"}
+    rows = {
+        "fixed": "sage,dual,A",
+        "two-stage": "schedule,two_stage",
+        "ramp": "schedule,ramp",
+        "milder": "schedule,milder",
+    }
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for (text, row), look in zip(rows.items(), LOOKS, strict=False):
         band(axes[0], logs(row), "eval_reward", look, text)

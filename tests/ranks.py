@@ -3,8 +3,8 @@
 `muon-step FILE` in place of a run: one step of Muon on matrices whose gradients have full rank; see muon_step.
 
 Ranks are compared by rewards that do not depend on the videos. A reward sees uint8 pixels; one rank and two decode in
-batches of other shapes, a matrix product then rounds its last bits otherwise, a pixel at the edge between two values goes
-to the other one, and a reward model turns that into a difference of 1e-3. What is compared here is the algorithm.
+batches of other shapes, a matrix product then rounds its last bits otherwise, a pixel at the edge between two values
+goes to the other one, and a reward model turns that into a difference of 1e-3. What is compared here is the algorithm.
 """
 
 import sys
@@ -67,7 +67,7 @@ def backward(module, x, pulls, share=slice(None)):
 
 
 def muon_step(file, world=1, rank=0):
-    """Save {name: step of the weight} of one optimizer step, sharded over the ranks, each with its share of the batch."""
+    """Save what one optimizer step adds to each weight. Weights and batch are shared out over the ranks."""
     module, x, pulls = full_rank_batch()
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     if world > 1:

@@ -67,18 +67,31 @@ def test_interval_covers_the_truth_as_often_as_it_says():
 
 def test_verdicts():
     table = {"a": {"x": [1.0, 1.1, 1.2]}, "b": {"x": [0.5, 0.6, 0.7]}, "c": {"x": [0.9, 1.2, 1.15]}}
-    cases = [("a", "b", 1, "holds"), ("b", "a", 1, "does not hold"), ("b", "a", -1, "holds"), ("a", "c", 1, "cannot be seen")]
+    cases = [
+        ("a", "b", 1, "holds"),
+        ("b", "a", 1, "does not hold"),
+        ("b", "a", -1, "holds"),
+        ("a", "c", 1, "cannot be seen"),
+    ]
     for a, b, sign, verdict in cases:
         (entry,) = claims.judge(table, [claims.Claim("", "", ((a, b),), "x", sign)])
         assert entry["verdict"] == verdict
-        assert entry["mean"] == pytest.approx(np.mean(table[a]["x"]) - np.mean(table[b]["x"]), abs=1e-4)  # the number's own sign
+        own_sign = np.mean(table[a]["x"]) - np.mean(table[b]["x"])
+        assert entry["mean"] == pytest.approx(own_sign, abs=1e-4)
     with pytest.raises(KeyError):
         claims.judge(table, [claims.Claim("", "", (("a", "missing"),), "x")])
 
 
 def test_agreement_counts_the_signs_of_decided_claims():
-    full = [dict(text=t, mean=m, verdict=v) for t, m, v in (("a", 1, "holds"), ("b", -1, "does not hold"), ("c", 1, "cannot be seen"))]
-    quick = [dict(text="a", mean=-0.1, verdict="cannot be seen"), dict(text="b", mean=-2, verdict="holds"), dict(text="c", mean=-1, verdict="")]
+    full = [
+        dict(text=t, mean=m, verdict=v)
+        for t, m, v in (("a", 1, "holds"), ("b", -1, "does not hold"), ("c", 1, "cannot be seen"))
+    ]
+    quick = [
+        dict(text="a", mean=-0.1, verdict="cannot be seen"),
+        dict(text="b", mean=-2, verdict="holds"),
+        dict(text="c", mean=-1, verdict=""),
+    ]
     assert claims.agreement(full, quick) == (["b"], ["a"]) and claims.agreement(quick, full) == (["b"], ["c"])
 
 
@@ -93,7 +106,8 @@ def test_a_run_of_the_grid_stops_resumes_and_is_summarised(tmp_path):
     log = (run / "metrics.jsonl").read_text().splitlines()
     line = json.loads(log[-1])
     unfinished = {name: value for name, value in line.items() if not name.startswith("eval_")}
-    (run / "metrics.jsonl").write_text("\n".join([*log[:-1], json.dumps(unfinished)]) + "\n")  # killed in its evaluation
+    killed_in_its_evaluation = [*log[:-1], json.dumps(unfinished)]
+    (run / "metrics.jsonl").write_text("\n".join(killed_in_its_evaluation) + "\n")
     assert not ablate.is_done(run, settings)
     ablate.run_one((run, settings))
     assert ablate.is_done(run, settings)
@@ -159,6 +173,9 @@ def test_tables_of_the_results_page_are_those_of_results_json():
     for name, table in claims.tables(results).items():
         assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in page
     assert len(results["seeds"]) >= 5
-    best = {name: max(tried, key=lambda entry: np.mean(entry["Overall"]))["settings"] for name, tried in results["tuning"].items()}
+    best = {
+        name: max(tried, key=lambda entry: np.mean(entry["Overall"]))["settings"]
+        for name, tried in results["tuning"].items()
+    }
     rows = ablate.grid(best)
     assert {name: row["settings"] for name, row in results["rows"].items()} == json.loads(json.dumps(rows))

@@ -44,7 +44,8 @@ def run(tmp_path_factory):
 def test_the_tiny_run_takes_every_part_of_the_full_one(run):
     lines = lines_of(run)
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3] and lines[-1]["optimizer_steps_made"] == 3
-    assert [line["update_passes"] for line in lines[1:]] == [32, 64, 32]  # 4 samples × 4 steps × guidance, reference passes
+    # 4 samples × 4 steps × guidance; in the second iteration as many reference passes
+    assert [line["update_passes"] for line in lines[1:]] == [32, 64, 32]
     for line in lines[1:]:
         assert line["ratio_min"] == pytest.approx(1, abs=1e-5) and line["group_std"] > 0
     assert lines[2]["kl_position"] > 0 and lines[2]["grad_norm"] > 0
@@ -62,7 +63,9 @@ def test_a_run_leaves_videos_contact_sheets_and_an_export_for_diffusers(run, tmp
     config, _ = parse(["--resume", str(run)])
     policy, *_, prompts = train.build(config, run, train.OneRank(), torch.device("cpu"), None)
     module = policy.module
-    checkpoint.load(checkpoint.latest(run), module, train.make_optimizers(module, config), train.make_anchor(module, config))
+    checkpoint.load(
+        checkpoint.latest(run), module, train.make_optimizers(module, config), train.make_anchor(module, config)
+    )
     stock = HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path / "out")
     x, sigma = torch.randn(1, *policy.latent_shape, generator=train.generator("x")), torch.tensor([0.7])
     conditions = policy.encode(prompts[:1])
@@ -92,7 +95,7 @@ for iteration in range(1, 10**6):
 
 @pytest.mark.parametrize("moment", range(6))
 def test_a_killed_save_leaves_a_resumable_run(tmp_path, moment):
-    """kill -9 at six moments of a loop that does nothing but save: the newest complete checkpoint is whole and current."""
+    """kill -9 at six moments of a loop that does nothing but save: the newest checkpoint is whole and current."""
     command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     announced = [int(process.stdout.readline()) for _ in range(2)][-1]
@@ -102,7 +105,8 @@ def test_a_killed_save_leaves_a_resumable_run(tmp_path, moment):
     module = torch.nn.Linear(600, 600)
     optimizers, anchor = [torch.optim.AdamW(module.parameters())], train.Anchor(module, 2)
     progress = checkpoint.load(checkpoint.latest(tmp_path), module, optimizers, anchor)
-    assert progress["iteration"] in (announced, announced + 1)  # killed between the rename and the announcement: one more
+    # One more than announced where it was killed between the rename and the announcement.
+    assert progress["iteration"] in (announced, announced + 1)
     assert (module.weight == progress["iteration"]).all()
     folder = tmp_path / "checkpoints"
     checkpoint.save(folder, module, optimizers, anchor, {"iteration": progress["iteration"] + 1})

@@ -24,7 +24,13 @@ from trust_region import Anchor, gaussian_kl, stepwise_kl_closed_form, stepwise_
 
 B, DIM, T = 8, 6, 5
 CONFIG = GRPOConfig(
-    group_size=4, batch_size=B, micro_batch=B, kl_mode="none", max_grad_norm=1e9, clip_range=10.0, max_failed_rewards=0.2
+    group_size=4,
+    batch_size=B,
+    micro_batch=B,
+    kl_mode="none",
+    max_grad_norm=1e9,
+    clip_range=10.0,
+    max_failed_rewards=0.2,
 )
 
 
@@ -99,7 +105,9 @@ def objective(policy, batch, scales, rows=range(B)):
     total = 0.0
     for k in range(T):
         x, x_next = batch.trajectory.states[:, k], batch.trajectory.states[:, k + 1]
-        mean, std = batch.sde.transition(x, policy.velocity(x, batch.sde.sigmas[k].float().expand(B), batch.conditions), k)
+        mean, std = batch.sde.transition(
+            x, policy.velocity(x, batch.sde.sigmas[k].float().expand(B), batch.conditions), k
+        )
         per_sample = -batch.advantages * scales[k] * log_prob(x_next, mean, std)
         total = total + per_sample[list(rows)].sum() / B
     return total / T
@@ -123,9 +131,11 @@ def test_micro_batches_do_not_change_the_update():
 
 
 def test_optimizer_steps_share_the_micro_batches_evenly():
-    """At learning rate 0 the gradients of T optimizer steps, one micro-batch each, add up to T times that of one step."""
+    """At learning rate 0 the gradients of T optimizer steps, one micro-batch each, average to that of one step."""
     policy, batch = rolled_out()
-    (gradient,) = torch.autograd.grad(objective(policy, batch, equalizer_scales(batch.sde).float()), policy.module.weight)
+    (gradient,) = torch.autograd.grad(
+        objective(policy, batch, equalizer_scales(batch.sde).float()), policy.module.weight
+    )
     seen = []
 
     class Recorder:
@@ -144,7 +154,9 @@ def test_optimizer_steps_share_the_micro_batches_evenly():
 @pytest.mark.parametrize("micro_batch", [8, 2])
 def test_with_one_optimizer_step_every_ratio_is_one(micro_batch):
     policy, batch = rolled_out()
-    metrics, _ = one_update(policy, batch, replace(CONFIG, micro_batch=micro_batch, clip_range=1e-4), learning_rate=10.0)
+    metrics, _ = one_update(
+        policy, batch, replace(CONFIG, micro_batch=micro_batch, clip_range=1e-4), learning_rate=10.0
+    )
     assert metrics["ratio_min"] == pytest.approx(1, abs=1e-6)  # other rows in a matrix product may round differently
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)
     assert metrics["clip_low"] == metrics["clip_high"] == 0
@@ -159,7 +171,12 @@ def test_with_one_optimizer_step_the_closed_form_has_gradient_zero():
         for mode in ("none", "stepwise"):
             policy, batch = rolled_out()
             config = replace(
-                CONFIG, kl_mode=mode, stepwise_kl="closed_form", kl_schedule="fixed", kl_lambda=1.0, optimizer_steps=steps
+                CONFIG,
+                kl_mode=mode,
+                stepwise_kl="closed_form",
+                kl_schedule="fixed",
+                kl_lambda=1.0,
+                optimizer_steps=steps,
             )
             changes[steps, mode] = weight_change(policy, batch, config)
     assert torch.equal(changes[1, "none"], changes[1, "stepwise"])
@@ -167,7 +184,8 @@ def test_with_one_optimizer_step_the_closed_form_has_gradient_zero():
 
 
 def test_with_one_optimizer_step_the_rollout_phase_gradient_has_mean_zero():
-    """Over 4000 noises, the gradient of Eq. 15 at θ = π_old lies within 4.5 standard errors of 0 in each weight and step.
+    """Over 4000 noises, the gradient of Eq. 15 at θ = π_old lies within 4.5 standard errors of 0 in each weight and
+    step.
 
     The control: at a θ that has moved on, where it must be that of the KL, it lies far outside.
     """
@@ -269,9 +287,15 @@ def test_position_kl_is_measured_against_the_anchor():
 
 
 def test_the_velocity_term_has_its_weight_and_form():
-    """Dual KL from the second optimizer step on: the closed form of Eq. 12 times β_vel·λ_KL, on top of the position term."""
+    """Dual KL after a first optimizer step: Eq. 12 in closed form, times β_vel·λ_KL, beside the position term."""
     config = replace(
-        CONFIG, kl_mode="dual", stepwise_kl="closed_form", kl_schedule="fixed", kl_lambda=0.4, beta_pos=0.7, beta_vel=0.5
+        CONFIG,
+        kl_mode="dual",
+        stepwise_kl="closed_form",
+        kl_schedule="fixed",
+        kl_lambda=0.4,
+        beta_pos=0.7,
+        beta_vel=0.5,
     )
     policy, batch = rolled_out(config)
     anchor = shifted_anchor(policy, batch)
@@ -339,6 +363,7 @@ def test_samples_that_are_not_finite_are_never_scored():
     policy, sde, config = LinearPolicy(), SDE("sage_grpo", 0.5, sigma_schedule(T)), replace(CONFIG, batch_size=B)
     with torch.no_grad():
         policy.module.weight[0, 0] = math.nan
+
     def never(videos, prompts):
         pytest.fail("scored")
 

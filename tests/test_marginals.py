@@ -1,4 +1,4 @@
-"""Does a sampler preserve the marginals of the flow? Exactly, by propagation, for Gaussian data; by samples for a mixture."""
+"""Does a sampler preserve the flow's marginals? By exact propagation for Gaussian data, by samples for a mixture."""
 
 import math
 
@@ -19,8 +19,12 @@ def std_error(sde_type, data_std, eta, T):
 # Shift 5; computed in closed form, independently of this code, to the printed digits.
 TABLE = {
     (1.0, 0.3, 20): dict(ode=-0.120, sage_grpo=-0.113, dance_grpo=-0.117, flow_grpo=-0.112, cps=-0.145, exact=-0.124),
-    (1.0, 1.0, 200): dict(ode=-0.0126, sage_grpo=-0.0078, dance_grpo=-0.0090, flow_grpo=-0.0075, cps=-0.311, exact=-0.0215),
-    (1.0, 1.0, 2000): dict(ode=-0.0013, sage_grpo=-0.0008, dance_grpo=-0.0009, flow_grpo=-0.0007, cps=-0.297, exact=-0.0023),
+    (1.0, 1.0, 200): dict(
+        ode=-0.0126, sage_grpo=-0.0078, dance_grpo=-0.0090, flow_grpo=-0.0075, cps=-0.311, exact=-0.0215
+    ),
+    (1.0, 1.0, 2000): dict(
+        ode=-0.0013, sage_grpo=-0.0008, dance_grpo=-0.0009, flow_grpo=-0.0007, cps=-0.297, exact=-0.0023
+    ),
     (0.05, 0.3, 20): dict(ode=-0.81, sage_grpo=-0.04, dance_grpo=1.84, flow_grpo=0.41, cps=-0.81, exact=-0.81),
     (0.05, 1.0, 20): dict(ode=-0.81, sage_grpo=2.45, dance_grpo=18.8, flow_grpo=4.84, cps=-0.82, exact=-0.81),
 }
@@ -61,7 +65,7 @@ def test_cps_does_not_converge():
 
 
 def test_the_score_of_the_erratum_does_not_converge(monkeypatch):
-    """−(x − x0_hat)/sigma² lacks the factor (1 − sigma): N(0, 1) data at η = 1 comes out 35% too wide at T = 20, 52% at 50."""
+    """−(x − x0_hat)/sigma² lacks the factor (1 − sigma): N(0, 1) data at η = 1 ends 35% too wide at T = 20, 52% at 50."""
     right = std_error("sage_grpo", 1.0, 1.0, 50)
     monkeypatch.setattr(sde_module, "score", lambda x, v, sigma: -(x - sde_module.predict_x0(x, v, sigma)) / sigma**2)
     assert std_error("sage_grpo", 1.0, 1.0, 20) == pytest.approx(0.35, abs=0.01)
@@ -101,7 +105,9 @@ def test_a_mixture_keeps_its_distribution(sde_type):
     def distance():
         x = torch.randn(3000, 2, generator=generator, dtype=torch.float64)
         sde = SDE(sde_type, 0.7, sigma_schedule(150))
-        return energy_distance(rollout(lambda x, s: world.velocity(x, s[0].item()), x, sde, generator).states[:, -1], true)
+        return energy_distance(
+            rollout(lambda x, s: world.velocity(x, s[0].item()), x, sde, generator).states[:, -1], true
+        )
 
     assert distance() < energy_distance(true, other) + 0.004
     if sde_type == "sage_grpo":

@@ -1,8 +1,8 @@
 """Two FSDP2 ranks against one, on the real classes with tiny random weights: full, LoRA, Muon, bf16, resumed.
 
 All comparisons are of runs with two optimizer steps per iteration at a learning rate so high that every compared number
-stands far above its tolerance. The rewards do not depend on rounding: see ranks.py. A tolerance is relative to the largest
-value that the compared number takes in the run.
+stands far above its tolerance. The rewards do not depend on rounding: see ranks.py. A tolerance is relative to the
+largest value that the compared number takes in the run.
 """
 
 import json
@@ -33,7 +33,8 @@ def options(folder, name, world, *extra):
         *("--preset", "tiny", "--runs", str(folder), "--name", name),
         *("--batch_size", str(4 // world), "--micro_batch", "1", "--num_steps", "2", "--optimizer_steps", "2"),
         *("--learning_rate", "3e-3", "--stepwise_kl", "closed_form", "--anchor_every", "4", "--kl_lambda", "1"),
-        *("--kl_schedule", "fixed", "--iterations", "3", "--eval_every", "100", "--eval_steps", "1", "--checkpoint_every", "3"),
+        *("--kl_schedule", "fixed", "--iterations", "3", "--checkpoint_every", "3"),
+        *("--eval_every", "100", "--eval_steps", "1"),
         *extra,
     ]
 
@@ -45,13 +46,16 @@ TOLERANCE = {"full": 1e-3, "lora": 1e-3, "failed-offloaded": 1e-3, "muon": 2e-2}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Each kind by one rank and by two; two ranks then resume their own full run; and two in bf16, with three evaluation
-    prompts, so that one rank makes a video again."""
+    """Each kind by one rank and by two; two ranks then resume their own full run; and two in bf16, with three
+    evaluation prompts, so that one rank makes a video again."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "three.txt").write_text("a cat\na dog\na boat\n")
     bf16 = [*BF16, "--eval_prompts", str(folder / "three.txt")]
     plan = [options(folder, f"{kind}-2", 2, *extra) for kind, extra in KINDS.items()]
-    plan += [options(folder, "parts-2", 2, "--iterations", "2"), ["--resume", str(folder / "parts-2"), "--iterations", "3"]]
+    plan += [
+        options(folder, "parts-2", 2, "--iterations", "2"),
+        ["--resume", str(folder / "parts-2"), "--iterations", "3"],
+    ]
     plan += [options(folder, "bf16-full", 2, *bf16), options(folder, "bf16-lora", 2, *LORA, *bf16)]
     arguments = ["muon-step", str(folder / "muon-step.pt")]
     for run in plan:
@@ -61,7 +65,9 @@ def runs(tmp_path_factory):
     for kind, extra in KINDS.items():
         single += [*options(folder, f"{kind}-1", 1, *extra), "/"]
     with open(folder / "two", "w") as two, open(folder / "one", "w") as one:
-        process = subprocess.Popen([*launch, *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=two, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*launch, *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=two, stderr=subprocess.STDOUT
+        )
         command = [sys.executable, "tests/ranks.py", *single[:-1]]
         alone = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=one, stderr=subprocess.STDOUT)
         assert process.wait(timeout=300) == 0, (folder / "two").read_text()[-3000:]
@@ -84,7 +90,9 @@ def lines_of(run):
 
 def training(line):
     """What a line of the log says about training, without times."""
-    return {name: value for name, value in line.items() if not name.endswith("_seconds") and not name.startswith("eval_")}
+    return {
+        name: value for name, value in line.items() if not name.endswith("_seconds") and not name.startswith("eval_")
+    }
 
 
 def curve(log, name):
@@ -110,7 +118,8 @@ def test_two_ranks_equal_one(runs, kind):
         assert b["reward_mean"] == pytest.approx(a["reward_mean"], rel=1e-6)
         assert b["reward_failed"] == a["reward_failed"] == (0.25 if "failed" in kind else 0)
         assert a["rollout_passes"] == 4 * 2 * 2 and b["rollout_passes"] == 2 * 2 * 2  # samples × steps × guidance
-    # In the second iteration the anchor is neither the policy nor the rollout's policy; before the third it is refreshed.
+    # In the second iteration the anchor is neither the policy nor the rollout's policy; before the third it is
+    # refreshed.
     assert [line["update_passes"] for line in two[1:]] == [8, 16, 8]
     assert two[2]["kl_position"] != pytest.approx(two[2]["kl_velocity"], rel=1e-3)
 
@@ -119,8 +128,8 @@ def test_two_ranks_equal_one(runs, kind):
 def test_two_ranks_in_bf16(runs, kind):
     """The paper's compute_dtype beside float32.
 
-    Of a LoRA the gradient norm alone is compared: its gradients are small, AdamW's first steps have the size of the learning
-    rate whatever the gradient, and where rounding turns a gradient's sign they go the other way.
+    Of a LoRA the gradient norm alone is compared: its gradients are small, AdamW's first steps have the size of the
+    learning rate whatever the gradient, and where rounding turns a gradient's sign they go the other way.
     """
     exact, rounded = lines_of(runs / f"{kind}-2")[:3], lines_of(runs / f"bf16-{kind}")
     assert len(rounded) == 3 and rounded[-1]["reward_failed"] == 0

@@ -22,7 +22,12 @@ def section(title):
 def test_options_and_files_named_in_the_readme_exist(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--local-dir", "--nnodes", "--nproc-per-node", "--json"}
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {
+        "--local-dir",
+        "--nnodes",
+        "--nproc-per-node",
+        "--json",
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
     for name in re.findall(r"`((?:\w+/)?\w+\.py)`", README):
         places = [ROOT / name, ROOT / "toy" / name, ROOT / "paper" / name]
@@ -58,8 +63,12 @@ def test_the_table_of_settings_holds_what_the_presets_do():
 
 
 def test_every_logged_metric_is_explained_once(tmp_path):
-    train.main(["--runs", str(tmp_path), "--name", "run", "--iterations", "1", "--batch_size", "16", "--micro_batch", "16"])
-    logged = {name for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    train.main(
+        ["--runs", str(tmp_path), "--name", "run", "--iterations", "1", "--batch_size", "16", "--micro_batch", "16"]
+    )
+    logged = {
+        name for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)
+    }
     rows = [row.split("|")[1] for row in section("Metrics").splitlines() if row.startswith("| `")]
     explained = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert logged <= set(explained) and len(explained) == len(set(explained))
@@ -72,7 +81,7 @@ def test_test_command_is_what_ci_runs():
 
 
 def test_the_toy_runs_without_the_full_runs_packages():
-    code = "import sys; sys.modules.update(diffusers=None, transformers=None, peft=None); import train, toy.model, toy.gaussian"
+    code = "import sys; sys.modules.update(diffusers=None, transformers=None, peft=None)\nimport train, toy.model, toy.gaussian"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -13,7 +13,12 @@ scores = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
 
 
 def test_composite_by_setting():
-    parts = {"VQ": torch.tensor([1.0, 2.0]), "MQ": torch.tensor([3.0, math.nan]), "TA": torch.tensor([5.0, 1.0]), "x": None}
+    parts = {
+        "VQ": torch.tensor([1.0, 2.0]),
+        "MQ": torch.tensor([3.0, math.nan]),
+        "TA": torch.tensor([5.0, 1.0]),
+        "x": None,
+    }
     assert composite_reward(parts, "A")[0].item() == pytest.approx(3.0)
     assert composite_reward(parts, "B")[0].item() == pytest.approx(7.0)
     assert composite_reward(parts, "B")[1].isnan()

@@ -124,7 +124,9 @@ def test_every_schedule_gives_finite_steps(T, shift, eta, sde_type, noisy_last_s
 
 
 def test_released_clamp_agrees_where_it_is_valid():
-    """The released code clamps 1 − sigma at 0.003 inside the logarithm only; on its valid schedules it differs by ≤ η²·0.003."""
+    """The released code clamps 1 − sigma at 0.003 inside the logarithm only; on its valid schedules it differs by ≤
+    η²·0.003.
+    """
     sigmas, eta = sigma_schedule(20, 5.0), 0.5
     released = eta**2 * (-(1 - sigmas[1]) + math.log((1 - sigmas[1]) / 0.003))
     assert abs(SDE("sage_grpo", eta, sigmas).variance[0] - released) <= eta**2 * 0.003 * 1.000001
@@ -151,7 +153,9 @@ def transcription(sde_type, x, v, s, t, sigma_1, eta):
 
 
 @pytest.mark.parametrize("sde_type", SDE_TYPES)
-@pytest.mark.parametrize("T, shift, eta", [(1, 5.0, 0.5), (7, 1.0, 0.3), (20, 5.0, 0.5), (20, 3.0, 1.0), (50, 5.0, 0.7)])
+@pytest.mark.parametrize(
+    "T, shift, eta", [(1, 5.0, 0.5), (7, 1.0, 0.3), (20, 5.0, 0.5), (20, 3.0, 1.0), (50, 5.0, 0.7)]
+)
 def test_transition_agrees_with_an_independent_transcription(sde_type, T, shift, eta):
     sigmas = sigma_schedule(T, shift)
     sde = SDE(sde_type, eta, sigmas)
@@ -208,7 +212,9 @@ def test_log_ratio_spreads_with_d_and_shifts_without_it(D, delta):
     for _ in range(count):
         xi = torch.randn(1, D, generator=generator, dtype=torch.float64)
         x_next = std * xi  # old mean 0
-        ratios.append((log_prob(x_next, torch.full_like(xi, delta * std.item()), std) - log_prob(x_next, 0 * xi, std)).item())
+        ratios.append(
+            (log_prob(x_next, torch.full_like(xi, delta * std.item()), std) - log_prob(x_next, 0 * xi, std)).item()
+        )
     ratios = np.array(ratios)
     spread = delta / D**0.5
     assert ratios.mean() == pytest.approx(-(delta**2) / 2, abs=4 * spread / count**0.5)
@@ -216,7 +222,9 @@ def test_log_ratio_spreads_with_d_and_shifts_without_it(D, delta):
 
 
 def test_no_clip_range_serves_every_resolution():
-    """c = 1e-4 and δ = 0.02, P(ρ beyond 1 ± c) from the law just tested: both sides at D = 3000, the lower alone at 10⁶."""
+    """c = 1e-4 and δ = 0.02, P(ρ beyond 1 ± c) from the law just tested: both sides at D = 3000, the lower alone at
+    10⁶.
+    """
 
     def beyond(D, delta, c=1e-4):
         law = torch.distributions.Normal(-(delta**2) / 2, delta / D**0.5)
@@ -248,14 +256,17 @@ def test_rollout_keeps_what_the_update_needs(sde_type):
 
 
 def test_rollout_stays_float32_under_a_low_precision_model():
-    trajectory = rollout(lambda x, _: x.bfloat16(), torch.ones(2, 3).bfloat16(), SDE("sage_grpo", 0.5, sigma_schedule(3)), rng())
+    trajectory = rollout(
+        lambda x, _: x.bfloat16(), torch.ones(2, 3).bfloat16(), SDE("sage_grpo", 0.5, sigma_schedule(3)), rng()
+    )
     assert {t.dtype for t in (trajectory.states, trajectory.means, trajectory.log_probs)} == {torch.float32}
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
     sde = SDE("sage_grpo", 0.5, sigma_schedule(4))
     whole, part = (
-        rollout(lambda x, _: -x, torch.ones(len(seeds), 3), sde, [rng(s) for s in seeds]).states for seeds in ([1, 2, 3], [3])
+        rollout(lambda x, _: -x, torch.ones(len(seeds), 3), sde, [rng(s) for s in seeds]).states
+        for seeds in ([1, 2, 3], [3])
     )
     assert torch.equal(whole[2], part[0]) and not torch.equal(whole[0], whole[1])
     with pytest.raises(ValueError, match="one generator per sample"):

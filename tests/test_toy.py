@@ -44,7 +44,9 @@ def test_the_fit_recovers_position_size_and_colour():
     clips, words = world.clean_clips(world.PROMPTS, rng()), [world.parse(p) for p in world.PROMPTS]
     seen = world.measure(world.to_uint8(clips))
     size = torch.tensor([world.SIZES[w[0]] for w in words])
-    velocity = torch.tensor([world.DIRECTIONS[w[2]] for w in words]) * torch.tensor([[world.SPEEDS[w[3]]] for w in words])
+    velocity = torch.tensor([world.DIRECTIONS[w[2]] for w in words]) * torch.tensor(
+        [[world.SPEEDS[w[3]]] for w in words]
+    )
     torch.testing.assert_close(seen["log_size"].exp(), size[:, None].expand(-1, 8), atol=0.03, rtol=0)
     torch.testing.assert_close(seen["velocity"], velocity, atol=0.02, rtol=0)
     assert (seen["jitter"] < 0.03).all() and (seen["presence"] > 0.97).all()
@@ -89,6 +91,8 @@ def test_noise_of_the_last_step_is_seen_by_the_reward():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_grpo_raises_the_reward(seed, tmp_path):
-    train.main(["--runs", str(tmp_path), "--name", "learns", "--seed", str(seed), "--iterations", "15", "--eval_every", "15"])
+    train.main(
+        ["--runs", str(tmp_path), "--name", "learns", "--seed", str(seed), "--iterations", "15", "--eval_every", "15"]
+    )
     lines = [json.loads(line) for line in (tmp_path / "learns" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_reward"] > lines[0]["eval_reward"] + 0.08
