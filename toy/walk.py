@@ -198,11 +198,11 @@ def eq_16(report, chosen):
         for sigma in (0.9, 0.5):
             ours = fokker_planck(chosen.mixture, sigma, coefficient(sigma, chosen.sampler.eta))
             expected = density_rate(chosen.mixture, sigma)
-            report.compare(f"∂p/∂τ of the SDE, ε: {name}, σ = {sigma}", ours, expected, "p at σ ± h", CURVATURE)
+            report.compare(f"−∂p/∂σ of the SDE, ε: {name}, σ = {sigma}", ours, expected, "p at σ ± h", CURVATURE)
 
 
 def fokker_planck(world, sigma, epsilon):
-    """∂p/∂τ = −∇·(f·p) + ½ε²·∇²p with τ = 1 − sigma, the direction of sampling, and the drift f = −v + ½ε²·s. [5]"""
+    """−∂p/∂sigma = −∇·(f·p) + ½ε²·∇²p with the drift f = −v + ½ε²·s, both for falling sigma. [5]"""
     x, _ = at_level(world, sigma, 5)
     x.requires_grad_()
     v = world.velocity(x, sigma)
@@ -215,7 +215,7 @@ def fokker_planck(world, sigma, epsilon):
 
 
 def density_rate(world, sigma):
-    """∂p/∂τ = −∂p/∂sigma by a central difference. [5]"""
+    """−∂p/∂sigma by a central difference. [5]"""
     h = 1e-4
     x, _ = at_level(world, sigma, 5)
     higher = world.log_density(x, sigma + h).exp()
@@ -225,7 +225,8 @@ def density_rate(world, sigma):
 
 def eq_5(report, chosen):
     report.equation(5, "Σ² = ∫ε² from σ' to σ = η²·[ −(σ − σ') + log((1 − σ')/(1 − σ)) ]")
-    sigmas, eta = chosen.sampler.sigmas, chosen.sampler.eta
+    sigmas = chosen.sampler.sigmas
+    eta = chosen.sampler.eta
     for k in chosen.shown:
         ours = sde.sage_variance(sigmas[k], sigmas[k + 1], eta)
         expected = integral_of_eq_5(sigmas[k].item(), sigmas[k + 1].item(), eta)
