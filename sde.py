@@ -48,7 +48,7 @@ def sigma_schedule(num_steps, shift=5.0):
 
 
 # ---------------------------------------------------------------------------------------------- flow matching
-# Eq. 1:  dx/dsigma = v(x, sigma, c). One Euler step of it is x' = x − Δ·v: what SDE.transition gives where Σ = 0.
+# Eq. 1:  dx/dsigma = v(x, sigma, prompt). One Euler step of it is x' = x − Δ·v: what SDE.transition gives where Σ = 0.
 
 
 def interpolate(x0, z, sigma):

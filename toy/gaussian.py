@@ -35,7 +35,7 @@ class GaussianMixture:
         """Eq. 3 in expectation:  v = E[z − x0 | x_sigma = x], the perfect flow model. x [B, d], sigma a number -> [B, d]."""
         mean, cov = self.marginal(sigma)
         offset = x[:, None] - mean
-        whitened = torch.linalg.solve(cov, offset[..., None])[..., 0]  # [B, J, d], S⁻¹(x − mean)
+        whitened = torch.linalg.solve(cov, offset.permute(1, 2, 0)).permute(2, 0, 1)  # [B, J, d], S⁻¹(x − mean)
         noise = sigma * whitened  # E[z | x, j]
         data = self.means + (1 - sigma) * torch.einsum("jde,bje->bjd", self.covs, whitened)  # E[x0 | x, j]
         joint = self.weights.log() - (offset * whitened).sum(2) / 2 - torch.linalg.slogdet(cov).logabsdet / 2
