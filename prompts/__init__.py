@@ -14,7 +14,7 @@ STARTER_EVAL = str(Path(__file__).with_name("eval.txt"))
 def read_prompts(path):
     """The prompts of a .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`) file.
 
-    Bad UTF-8, an empty or repeated prompt, a missing column and a broken line raise a ValueError that names file and line.
+    Bad UTF-8, an empty or repeated prompt, a missing column and a broken line raise a ValueError with file and line.
     """
     readers = {".txt": enumerate_lines, ".csv": read_csv, ".jsonl": read_jsonl}
     suffix = Path(path).suffix

@@ -150,7 +150,7 @@ def run(tmp_path, monkeypatch):
     scores = {"eval_reward": 0.5, "eval_VQ": 0.6, "eval_MQ": 0.3, "eval_TA": 0.6, "eval_distance": 0.1}
     log = [{"iteration": 0} | scores, {"iteration": 1}, {"iteration": 2} | scores | {"eval_reward": 0.75}]
     (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in log))
-    prompts = [prompt for prompt in world.PROMPTS for _ in range(2)]
+    prompts = np.repeat(world.PROMPTS, 2)
     for seed, name in enumerate(("samples_before.npy", "samples_after.npy")):
         np.save(folder / name, world.to_uint8(world.training_clips(prompts, rng(seed))).numpy())
     return folder

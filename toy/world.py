@@ -131,7 +131,7 @@ def fit_blob(frames, parameters, steps=6):
     [N, 5] (x, y, log size, vx, vy) for one that moves.
 
     The best colour of a shape g is linear, c = <frames, g>/<g, g>. So only the shape is searched, with the colour
-    projected out (variable projection). A step is kept where it lowers the residual energy. Elsewhere the damping grows.
+    projected out (variable projection). A step is kept where it lowers the residual energy; elsewhere damping grows.
     """
     num_frames = frames.shape[1]
     shape = blob(centres(parameters, num_frames), parameters[:, 2])  # [N, F, H·W]
