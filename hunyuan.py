@@ -77,8 +77,8 @@ class HunyuanPolicy:
         update. Both passes carry gradients.
 
         The samples run one by one, for three reasons. Their prompts differ in length, and a batch of one needs neither
-        padding nor a mask. One video has 30,000 tokens, enough to fill a GPU, so no gain is expected from a batch. Under
-        FSDP every rank must make the same number of passes, whichever prompts it holds.
+        padding nor a mask. One video has 30,000 tokens, enough to fill a GPU, so no gain is expected from a batch.
+        Under FSDP every rank must make the same number of passes, whichever prompts it holds.
         """
         if x.ndim != 5 or x.shape[1] != CHANNELS or x.dtype != torch.float32:
             raise ValueError(f"x must be float32 [B, {CHANNELS}, F, H, W]: got {x.dtype} of shape {tuple(x.shape)}")

@@ -86,7 +86,7 @@ def draw_ratio(axis, log, clip_range):
     farthest = max([clip_range, *abs(low - 1), *abs(high - 1)])
     axis.set(title="Ratio ρ − 1", ylabel="ρ − 1", ylim=(-1.3 * farthest, 1.3 * farthest))
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    axis.legend(fontsize=8, loc="center right")
+    axis.legend(fontsize=8, loc="best")
 
 
 # ------------------------------------------------------------------------------------------------ videos
