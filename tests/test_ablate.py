@@ -10,7 +10,7 @@ import torch
 
 import train
 from sde import SDE, sigma_schedule
-from paper import ablate, claims, figures
+from paper import ablate, claims
 from toy import world
 
 ROOT = Path(train.__file__).parent
@@ -142,29 +142,6 @@ def test_tables_are_put_in_their_places(tmp_path):
     page.write_text("before\n<!-- table: correlations -->\nold\n<!-- end -->\nafter\n")
     with pytest.raises(ValueError, match="one place for each table: got 0 for 'claims of the paper'"):
         claims.write_tables(json.loads((ROOT / "results.json").read_text()), page)
-
-
-def test_quadrature_of_the_figure_agrees_with_eq_5():
-    sigmas = sigma_schedule(20)
-    expected = SDE("sage_grpo", 0.5, sigmas).variance.numpy()
-    np.testing.assert_allclose(figures.exact_integral(sigmas.numpy(), 0.5), expected, rtol=1e-8)
-
-
-def test_energy_off_the_arc_and_along_it():
-    origin = torch.tensor([figures.RADIUS, 0.0]).double()
-    turned = figures.RADIUS * torch.tensor([[math.cos(0.2), math.sin(0.2)], [math.cos(0.2), -math.sin(0.2)]]).double()
-    assert figures.off_and_along(turned, origin) == pytest.approx((0, (0.2 * figures.RADIUS) ** 2))
-    assert figures.off_and_along(1.1 * origin[None], origin) == pytest.approx(((0.1 * figures.RADIUS) ** 2, 0))
-
-
-def test_the_diagram_names_functions_that_exist():
-    modules = {name: __import__(name) for name in ("train", "sde", "rewards", "equalizer", "grpo", "trust_region")}
-    modules |= {"SDE": SDE, "policy": figures.ToyPolicy}
-    for *_, functions in figures.BOXES.values():
-        for function in functions:
-            module, name = function.split(".")
-            found = [known for known in dir(modules[module]) if known.startswith(name.rstrip("…"))]
-            assert name in found or (name.endswith("…") and found), function
 
 
 def test_tables_of_the_results_page_are_those_of_results_json():

@@ -1,6 +1,8 @@
-"""A small text-to-video flow transformer and the policy that grpo.py trains. Pre-train it anew with
+"""A small text-to-video flow transformer, and the policy around it that grpo.py trains.
 
-    python -m toy.model          (writes toy/pretrained.pt, 0.7 MB, which ships with the code; about a minute)
+Its pre-trained weights, toy/pretrained.pt (0.7 MB), ship with the code. To make them anew, in about a minute:
+
+    python -m toy.model
 """
 
 import argparse
@@ -46,7 +48,8 @@ class FlowTransformer(nn.Module):
 
     def __init__(self, width=64, depth=2, heads=4):
         super().__init__()
-        tokens, size = math.prod(GRID.values()), 3 * math.prod(PATCH.values())
+        tokens = math.prod(GRID.values())
+        size = 3 * math.prod(PATCH.values())  # numbers in a token
         self.width = width
         self.read = nn.Linear(size, width)
         self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
@@ -55,7 +58,7 @@ class FlowTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.write = nn.Linear(width, size)
-        self.skip = nn.Linear(width, 1)  # v = z − x0 is mostly a multiple of x, one that depends on sigma
+        self.skip = nn.Linear(width, 1)  # v = z − x0 is mostly a multiple of x, whose factor depends on sigma
         for layer in (self.modulation, self.write, self.skip):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -64,12 +67,14 @@ class FlowTransformer(nn.Module):
         frequencies = 1000 ** -torch.linspace(0, 1, self.width // 2)
         angles = 1000 * sigma[:, None] * frequencies  # [B, width / 2]
         clock = self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        condition = F.silu(clock + self.words(words).sum(1))  # bag of words
-        h = self.read(rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", **PATCH)) + self.position
+        condition = F.silu(clock + self.words(words).sum(1))  # the order of the words plays no part
+        patches = rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", **PATCH)
+        h = self.read(patches) + self.position
         for block in self.blocks:
             h = block(h, condition)
         shift, scale = self.modulation(condition)[:, None].chunk(2, -1)
-        v = rearrange(self.write(_modulate(h, shift, scale)), "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", **PATCH, **GRID)
+        patches = self.write(_modulate(h, shift, scale))
+        v = rearrange(patches, "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", **PATCH, **GRID)
         return v + self.skip(condition)[:, :, None, None, None] * x
 
 
@@ -77,20 +82,27 @@ def _modulate(h, shift, scale):
     return F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
 
 
+def word_numbers(prompt):
+    """The places of a prompt's four attribute words in the vocabulary, LongTensor [4]."""
+    return torch.tensor([world.VOCABULARY.index(word) for word in world.parse(prompt)])
+
+
 class ToyPolicy:
-    """The policy interface of grpo.py over the small flow transformer."""
+    """The small flow transformer as a policy: what grpo.py asks of one."""
 
     latent_shape = (3, world.FRAMES, world.SIDE, world.SIDE)
 
     def __init__(self, weights=PRETRAINED):
         if not Path(weights).is_file():
-            raise FileNotFoundError(f"the toy's pre-trained weights must exist: no {weights}; make them with python -m toy.model")
+            raise FileNotFoundError(
+                f"the toy's pre-trained weights must exist: no {weights}; make them with python -m toy.model"
+            )
         self.module = FlowTransformer()
         self.module.load_state_dict(torch.load(weights, weights_only=True))
         self.passes = 0
 
     def encode(self, prompts):
-        return [torch.tensor([world.VOCABULARY.index(word) for word in world.parse(prompt)]) for prompt in prompts]
+        return [word_numbers(prompt) for prompt in prompts]
 
     def velocity(self, x, sigma, cond):
         self.passes += 1
@@ -101,33 +113,40 @@ class ToyPolicy:
 
 
 def pretrain(steps, seed=0, batch_size=64, learning_rate=2e-3):
-    """Flow matching on the imperfect clips by the loss E‖v_θ(x_sigma) − (z − x0)‖². Returns the averaged weights."""
+    """Flow matching on the imperfect clips. Returns a moving average of the weights."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the network's initial weights
     network = FlowTransformer()
-    policy = object.__new__(ToyPolicy)
     average = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
     for step in range(steps):
-        prompts = [world.PROMPTS[i] for i in torch.randint(len(world.PROMPTS), (batch_size,), generator=generator)]
-        x0 = world.training_clips(prompts, generator)
-        z = torch.randn(x0.shape, generator=generator)
-        u = torch.rand(batch_size, generator=generator)
-        sigma = 2 * u / (1 + u)  # shift 2: somewhat more of the high noise
-        v = network(interpolate(x0, z, sigma.view(-1, 1, 1, 1, 1)), sigma, torch.stack(policy.encode(prompts)))
-        loss = (v - (z - x0)).square().mean()
+        loss = flow_matching_loss(network, batch_size, generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * math.sqrt(1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.99, step / (step + 10))
+        decay = min(0.99, step / (step + 10))  # short at first, so that the initial weights are soon forgotten
         for name, value in network.state_dict().items():
             average[name].lerp_(value, 1 - decay)
         if step % 200 == 0:
             print(f"step {step} of {steps}  loss {loss.item():.4f}", flush=True)
     return average
+
+
+def flow_matching_loss(network, batch_size, generator):
+    """E‖v_θ(x_sigma) − (z − x0)‖² over random prompts, clips, noises and sigmas."""
+    chosen = torch.randint(len(world.PROMPTS), (batch_size,), generator=generator)
+    prompts = [world.PROMPTS[i] for i in chosen]
+    x0 = world.training_clips(prompts, generator)
+    z = torch.randn(x0.shape, generator=generator)
+    u = torch.rand(batch_size, generator=generator)
+    sigma = 2 * u / (1 + u)  # shift 2: somewhat more of the high noise
+    x = interpolate(x0, z, sigma.view(-1, 1, 1, 1, 1))
+    words = torch.stack([word_numbers(prompt) for prompt in prompts])
+    v = network(x, sigma, words)
+    return (v - (z - x0)).square().mean()
 
 
 if __name__ == "__main__":
