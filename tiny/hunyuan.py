@@ -18,7 +18,14 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5Config, T5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 TEXT_DIM, GLYPH_DIM = 16, 16
 END, OPEN, CLOSE = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -30,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_hunyuan(folder, seed=0):
-    """Write a HunyuanVideo15Pipeline folder (about 20 MB, most of it a projection whose width of 2048 is hard-coded)."""
+    """Write a HunyuanVideo15Pipeline folder: about 20 MB, mostly a projection whose width of 2048 is hard-coded."""
     with torch.random.fork_rng(devices=[]):  # random weights only: the caller's generator is left as it was
         torch.manual_seed(seed)
         pipeline = HunyuanVideo15Pipeline(
@@ -116,8 +123,8 @@ def tiny_tokenizer():
     """A byte-level BPE under which the text before the user's has as many tokens as under the released one: 108.
 
     The pipeline cuts that many tokens off without looking. A tokenizer that splits the system message more finely would
-    leave a part of it in every prompt, a coarser one would cut into the prompt. With one token for each of its words, as
-    in the released tokenizer, the count comes out; these are all the merges that the message itself can give.
+    leave a part of it in every prompt, a coarser one would cut into the prompt. With one token for each of its words,
+    as in the released tokenizer, the count comes out; these are all the merges that the message itself can give.
     """
     stock = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
     message, crop = stock["system_message"].default, stock["crop_start"].default
@@ -126,7 +133,9 @@ def tiny_tokenizer():
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     length = len(tokenizer(text[: text.rindex(CLOSE)]).input_ids)
     if length != crop:
-        raise RuntimeError(f"the text before the user's must have the {crop} tokens that the pipeline cuts: got {length}")
+        raise RuntimeError(
+            f"the text before the user's must have the {crop} tokens that the pipeline cuts: got {length}"
+        )
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""A world with exact answers: data from a mixture of Gaussians, whose velocity and score have a closed form. No training.
+"""A world with exact answers: data from a mixture of Gaussians, with velocity and score in closed form. No training.
 
 For a single Gaussian every step of every sampler is affine in x, so the mean and covariance of the whole chain follow
 by matrix algebra, without a sample: whether a sampler preserves the marginals becomes an exact calculation.
@@ -8,7 +8,7 @@ import torch
 
 
 class GaussianMixture:
-    """Data x0 ~ Σ_j weights[j]·N(means[j], covs[j]) in d dimensions, float64, and its flow x_sigma = (1 − sigma)·x0 + sigma·z."""
+    """Data x0 ~ Σ_j weights[j]·N(means[j], covs[j]) in d dimensions, float64, and its flow by Eq. 2."""
 
     def __init__(self, weights, means, covs):
         self.weights = torch.as_tensor(weights, dtype=torch.float64)  # [J]
@@ -32,7 +32,10 @@ class GaussianMixture:
         return torch.logsumexp(self.weights.log() + components.log_prob(x[:, None]), dim=1)
 
     def velocity(self, x, sigma):
-        """Eq. 3 in expectation:  v = E[z − x0 | x_sigma = x], the perfect flow model. x [B, d], sigma a number -> [B, d]."""
+        """Eq. 3 in expectation:  v = E[z − x0 | x_sigma = x], the perfect flow model.
+
+        x [B, d], sigma a number -> [B, d].
+        """
         mean, cov = self.marginal(sigma)
         offset = x[:, None] - mean
         whitened = torch.linalg.solve(cov, offset.permute(1, 2, 0)).permute(2, 0, 1)  # [B, J, d], S⁻¹(x − mean)
