@@ -37,7 +37,7 @@ SIGMA_MAX = 0.997  # the integral of Eq. 5 diverges at sigma = 1; both of its en
 def sigma_schedule(num_steps, shift=5.0):
     """sigma_k = shift·u / (1 + (shift − 1)·u), u = linspace(1, 0, T + 1). Returns float64 [T + 1], from 1 to 0.
 
-    shift > 1 spends more of the steps at high noise. Paper: T = 20, shift 5.
+    shift > 1 spends more of the steps at high noise. Paper: T = 20. Released code: shift 5.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1: got {num_steps}")
@@ -95,8 +95,8 @@ def sage_variance(sigma, sigma_next, eta):
     """Eq. 5:  Σ² = ∫_{sigma'}^{sigma} ε² = η²·[ −(sigma − sigma') + log((1 − sigma')/(1 − sigma)) ].
 
     Eq. 6 is its root, Σ = sqrt(Σ²): already integrated, so NO further sqrt(Δ) anywhere.
-    sigma, sigma_next: float64 tensors below 1. log1p(Δ/(1 − sigma)) is the same logarithm without the cancellation of
-    two numbers near 1.
+    sigma, sigma_next: float64 tensors below 1. log1p(Δ/(1 − sigma)) is the same logarithm; it keeps the digits that
+    the log of a quotient near 1 would lose.
     """
     delta = sigma - sigma_next
     return eta**2 * (-delta + torch.log1p(delta / (1 - sigma)))
@@ -107,8 +107,9 @@ def step_variances(sde_type, eta, sigmas):
 
     - sigma = 1. SAGE: Eq. 5 diverges, so both ends of the integral are clamped to SIGMA_MAX. The released code clamps
       only the 1 − sigma inside the logarithm; it agrees with this to η²·0.003 until the schedule's second sigma passes
-      0.997 (from 60–80 steps on at shift 5), where its variance turns negative and then NaN. Flow-GRPO: its code puts
-      the schedule's second sigma into 1 − sigma on the step that starts at 1, and only there.
+      0.997 (from T = 68 on at shift 5), where its first variance is negative and Σ is NaN. Ours is then 0: a step wholly
+      above SIGMA_MAX is a step of the ODE. Flow-GRPO: its code puts the schedule's second sigma into 1 − sigma on the
+      step that starts at 1, and only there.
     - sigma' = 0. CPS and exact have no noise left there: variance 0.
     - Variance 0 (also: rounding below 0) means a deterministic step: it has no log-probability, so no policy gradient.
 
@@ -118,7 +119,7 @@ def step_variances(sde_type, eta, sigmas):
     delta = sigma - sigma_next
     if sde_type == "sage_grpo":
         variance = sage_variance(sigma.clamp(max=SIGMA_MAX), sigma_next.clamp(max=SIGMA_MAX), eta)
-    elif sde_type == "flow_grpo":  # left rectangle of Eq. 5's integral
+    elif sde_type == "flow_grpo":  # ε² at the start of the step, times Δ
         one_minus_sigma = 1 - torch.where(sigma == 1, sigmas[1], sigma)
         variance = eta**2 * sigma / one_minus_sigma * delta
     elif sde_type == "dance_grpo":  # constant ε = η

@@ -106,7 +106,7 @@ def test_on_the_first_step_sage_injects_more_than_flow():
 
 
 @given(st.floats(0.01, 0.98), st.floats(0.1, 2))
-def test_a_short_step_has_the_variance_of_its_left_end(sigma, eta):
+def test_a_short_step_has_the_variance_of_its_start(sigma, eta):
     delta = 1e-6
     expected = diffusion_coefficient(sigma, eta) ** 2 * delta
     assert sage_variance(f64(sigma), f64(sigma - delta), eta).item() == pytest.approx(expected, rel=2e-3)
@@ -114,7 +114,7 @@ def test_a_short_step_has_the_variance_of_its_left_end(sigma, eta):
 
 @given(steps, shifts, etas, st.sampled_from(SDE_TYPES), st.booleans())
 def test_every_schedule_gives_finite_steps(T, shift, eta, sde_type, noisy_last_step):
-    """Also where the released formula turns NaN: from 60–80 steps on at shift 5, 30 at shift 12."""
+    """Also where the released formula turns NaN: from T = 68 on at shift 5, 30 at shift 12."""
     sde = SDE(sde_type, eta, sigma_schedule(T, shift), noisy_last_step)
     assert sde.variance.isfinite().all() and (sde.variance >= 0).all()
     assert sde.stochastic.tolist() == (sde.std > 0).tolist()
@@ -133,28 +133,30 @@ def test_released_clamp_agrees_where_it_is_valid():
 
 
 # ---------------------------------------------------------------------------------------------- Eq. 7 and its rivals
-def transcription(sde_type, x, v, s, t, sigma_1, eta):
+def transcription(sde_type, x, v, sigma, sigma_next, second_sigma, eta):
     """Each sampler once more, scalar by scalar, from the published formulas. Returns (mean, std)."""
-    x0, d = x - s * v, s - t
+    x0, delta = x - sigma * v, sigma - sigma_next
     if sde_type == "cps":
-        std = t * math.sin(math.pi / 2 * eta)
-        return (1 - t) * x0 + math.sqrt(max(t * t - std * std, 0.0)) * (x0 + v), std
+        std = sigma_next * math.sin(math.pi / 2 * eta)
+        return (1 - sigma_next) * x0 + math.sqrt(max(sigma_next**2 - std**2, 0.0)) * (x0 + v), std
     if sde_type == "exact":
-        r = t * (1 - s) / (s * (1 - t))
-        return (1 - t) * x0 + t / s * r ** (eta**2 / 2) * (x - (1 - s) * x0), t * math.sqrt(1 - r ** (eta**2))
+        q = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
+        kept = sigma_next / sigma * q ** (eta**2 / 2) * (x - (1 - sigma) * x0)
+        return (1 - sigma_next) * x0 + kept, sigma_next * math.sqrt(1 - q ** (eta**2))
     if sde_type == "sage_grpo":
-        a, b = min(s, 0.997), min(t, 0.997)
-        variance = eta**2 * ((-a - math.log(1 - a)) - (-b - math.log(1 - b)))
+        high, low = min(sigma, 0.997), min(sigma_next, 0.997)
+        variance = eta**2 * ((-high - math.log(1 - high)) - (-low - math.log(1 - low)))
     elif sde_type == "flow_grpo":
-        variance = (eta * math.sqrt(s / (1 - (sigma_1 if s == 1 else s))) * math.sqrt(d)) ** 2
+        at_one = second_sigma if sigma == 1 else sigma
+        variance = (eta * math.sqrt(sigma / (1 - at_one)) * math.sqrt(delta)) ** 2
     else:
-        variance = eta * eta * d
-    return x - d * v - 0.5 * variance * (x - (1 - s) * x0) / s**2, math.sqrt(variance)
+        variance = eta * eta * delta
+    return x - delta * v - 0.5 * variance * (x - (1 - sigma) * x0) / sigma**2, math.sqrt(variance)
 
 
 @pytest.mark.parametrize("sde_type", SDE_TYPES)
 @pytest.mark.parametrize(
-    "T, shift, eta", [(1, 5.0, 0.5), (7, 1.0, 0.3), (20, 5.0, 0.5), (20, 3.0, 1.0), (50, 5.0, 0.7)]
+    "T, shift, eta", [(1, 5.0, 0.5), (7, 1.0, 0.3), (20, 5.0, 0.5), (20, 3.0, 1.0), (50, 5.0, 0.7), (100, 5.0, 0.5)]
 )
 def test_transition_agrees_with_an_independent_transcription(sde_type, T, shift, eta):
     sigmas = sigma_schedule(T, shift)
@@ -206,7 +208,7 @@ def test_log_prob_is_the_mean_log_density(std, D):
 @pytest.mark.parametrize("delta", [0.005, 0.02])
 def test_log_ratio_spreads_with_d_and_shifts_without_it(D, delta):
     """A mean moved by δ·Σ: the log ratio of old samples has mean −δ²/2 at every D, and standard deviation δ/√D."""
-    count, std = 64, f64(0.3)
+    count, std = 40, f64(0.3)
     generator = rng(D)
     ratios = []
     for _ in range(count):
@@ -218,7 +220,7 @@ def test_log_ratio_spreads_with_d_and_shifts_without_it(D, delta):
     ratios = np.array(ratios)
     spread = delta / D**0.5
     assert ratios.mean() == pytest.approx(-(delta**2) / 2, abs=4 * spread / count**0.5)
-    assert ratios.std(ddof=1) == pytest.approx(spread, rel=0.4)  # 4.5 standard errors of a std over 64 samples
+    assert ratios.std(ddof=1) == pytest.approx(spread, rel=0.5)  # 4.5 standard errors of a std over 40 samples
 
 
 def test_no_clip_range_serves_every_resolution():
