@@ -237,9 +237,14 @@ def eq_5(report, chosen):
             expected, how = variance_of_table_1(chosen.sampler, k)
             what = f"Σ² of {chosen.sampler.sde_type}, step {k}"
             report.compare(what, chosen.sampler.variance[k], expected, how, ROUNDING)
-    sage = sde.SDE("sage_grpo", eta, sigmas)
-    sums = f"{chosen.sampler.variance.sum():.4g} for {chosen.sampler.sde_type}, {sage.variance.sum():.4g} for sage_grpo"
-    report.look(f"Σ² summed over the schedule: {sums}")
+    elif sigmas[1] < sde.SIGMA_MAX:  # the step from sigma = 1, whose integral starts at SIGMA_MAX
+        expected = integral_of_eq_5(sde.SIGMA_MAX, sigmas[1].item(), eta)
+        what = f"Σ² of step 0, clamped: {sde.SIGMA_MAX} → {sigmas[1]:.3f}"
+        report.compare(what, chosen.sampler.variance[0], expected, "quadrature of ε²", ROUNDING)
+    sums = []
+    for name in ("sage_grpo", "flow_grpo", "dance_grpo"):
+        sums.append(f"{sde.SDE(name, eta, sigmas).variance.sum():.4g} for {name}")
+    report.look(f"Σ² summed over the schedule: {', '.join(sums)}")
 
 
 def integral_of_eq_5(high, low, eta):
@@ -337,11 +342,17 @@ def compare_chain(report, chosen):
     report.compare(what, last.T @ last / len(last), second_moment, "exact propagation", SAMPLES)
     texts = []
     for steps in (chosen.sampler.num_steps, 2 * chosen.sampler.num_steps, 4 * chosen.sampler.num_steps):
-        chain = sde.SDE(chosen.sampler.sde_type, chosen.sampler.eta, sde.sigma_schedule(steps, chosen.shift))
-        _, covs = propagate(chain, chosen.single)
-        error = (covs[-1].trace() / chosen.single.covs[0].trace()).sqrt().item() - 1
-        texts.append(f"{error:+.2%} at T = {steps}")
+        error = std_error(chosen, chosen.sampler.eta, steps)
+        of_ode = std_error(chosen, 0.0, steps)
+        texts.append(f"{error:+.2%} at T = {steps} (the ODE: {of_ode:+.2%})")
     report.look(f"error of the last sample's std: {', '.join(texts)}")
+
+
+def std_error(chosen, eta, steps):
+    """Relative error of the last sample's standard deviation for the single Gaussian, exactly."""
+    chain = sde.SDE(chosen.sampler.sde_type, eta, sde.sigma_schedule(steps, chosen.shift))
+    _, covs = propagate(chain, chosen.single)
+    return (covs[-1].trace() / chosen.single.covs[0].trace()).sqrt().item() - 1
 
 
 # ---------------------------------------------------------------------------------------------- the equalizer
