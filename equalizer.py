@@ -7,9 +7,9 @@ def gradient_norms(sde):
     """N_t = |∂mean/∂v| / Σ = |b_t| / Σ_t: the norm of Eq. 8 taken with respect to the VELOCITY. Float64 [T].
 
     Eq. 8 as printed is another norm:  ‖∇_mean log π‖ ∝ 1/Σ, with respect to the mean. It vanishes at high noise and
-    explodes at low noise (Fig. 4). What the optimizer sees is the gradient at the network's output, one link further
-    along the chain rule, and so does the released code: mean = a·x + b·v, hence ∂mean/∂v = b (sde.py). Scales made from
-    the printed 1/Σ alone would leave the norms a factor of 21 apart on the paper's schedule.
+    explodes at low noise (Fig. 4). The optimizer sees the gradient at the network's output, one link further along the
+    chain rule: mean = a·x + b·v, so ∂mean/∂v = b (sde.py). The released code uses this norm, too. Scales made from the
+    printed 1/Σ would leave the norms a factor of 21 apart (T = 20, shift 5, η = 0.5).
 
     With log π a mean over D elements, E‖∇_v log π‖ ≈ N_t / √D. Deterministic steps have no log-probability: 0.
     """
@@ -18,7 +18,7 @@ def gradient_norms(sde):
 
 
 def equalizer_scales(sde, guard=1e-12):
-    """Eq. 9:  S_t = median_τ(N_τ) / (N_t + guard), multiplied on the policy term of step t (not on the KL).
+    """Eq. 9:  S_t = median_τ(N_τ) / (N_t + guard). It multiplies the policy term of step t, not the KL.
 
     The median runs over the stochastic steps only and is torch's lower median, as in the released code: deterministic
     steps would drag it to 0. They get S_t = 0. Returns float64 [T]. ValueError where no step is stochastic.

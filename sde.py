@@ -84,8 +84,8 @@ def diffusion_coefficient(sigma, eta):
     The drift of Eq. 16 keeps every marginal p_sigma of the ODE for ANY function ε(sigma): in the Fokker–Planck equation
     the term −½ε²·s cancels the diffusion. This ε is the paper's choice among them; DanceGRPO's is the constant η.
 
-    No training code calls this function, since a step needs ε² only in integrated form, Eq. 5. It stands here so that
-    the tests and figures can integrate it by quadrature and compare.
+    Changing this function does not change training: a step uses the integral of ε², which step_variances has in closed
+    form. It stands here so that tests and figures can integrate it by quadrature and compare.
     """
     return eta * math.sqrt(sigma / (1 - sigma))
 
@@ -103,7 +103,9 @@ def sage_variance(sigma, sigma_next, eta):
 
 
 def step_variances(sde_type, eta, sigmas):
-    """Σ² of every step of a schedule, float64 [T]. The ONE place that decides what happens at the ends:
+    """Σ² of every step of a schedule, float64 [T]: finite, not negative, and 0 where eta is 0.
+
+    The ONE place that decides what happens at sigma = 1 and sigma' = 0:
 
     - sigma = 1. SAGE: Eq. 5 diverges, so both ends of the integral are clamped to SIGMA_MAX. The released code clamps
       only the 1 − sigma inside the logarithm; it agrees with this to η²·0.003 until the schedule's second sigma passes
@@ -111,7 +113,8 @@ def step_variances(sde_type, eta, sigmas):
       above SIGMA_MAX is a step of the ODE. Flow-GRPO: its code puts the schedule's second sigma into 1 − sigma on the
       step that starts at 1, and only there.
     - sigma' = 0. CPS and exact have no noise left there: variance 0.
-    - Variance 0 (also: rounding below 0) means a deterministic step: it has no log-probability, so no policy gradient.
+    - A variance of 0, or one that rounding makes negative, means a deterministic step: it has no log-probability, so no
+      policy gradient.
 
     Sources: Eq. 5; the released codes of Flow-GRPO, DanceGRPO and CPS (Table 1); `exact` is ours, see exact_variance.
     """
@@ -126,8 +129,10 @@ def step_variances(sde_type, eta, sigmas):
         variance = eta**2 * delta
     elif sde_type == "cps":  # a fixed share of the noise that is left at sigma'
         variance = (sigma_next * math.sin(eta * math.pi / 2)) ** 2
-    else:
+    elif sde_type == "exact":
         variance = exact_variance(sigma, sigma_next, eta)
+    else:
+        raise ValueError(f"sde_type must be one of {', '.join(SDE_TYPES)}: got {sde_type!r}")
     return variance.clamp(min=0)
 
 
@@ -177,7 +182,7 @@ class SDE:
     """The stochastic sampler of one schedule: three float64 numbers a step, and the transition that applies them.
 
     sde_type   sage_grpo | flow_grpo | dance_grpo | cps | exact
-    eta        ≥ 0; for cps in [0, 1], since its std is sin(ηπ/2): 1.8 would silently act as 0.2. 0 is the ODE (Eq. 1)
+    eta        ≥ 0; 0 is the ODE (Eq. 1). For cps in [0, 1]: its std is sigma'·sin(ηπ/2), and 1.8 would act as 0.2
     sigmas     [T + 1], strictly falling within [0, 1]
     noisy_last_step   False turns the last step into an ODE step. The noise of that step stays in the sample which the
                reward sees. The released code keeps it (and trains the step); the toy turns it off, because this last
@@ -207,7 +212,8 @@ class SDE:
             self.variance[-1] = 0
         self.std = self.variance.sqrt()  # Eq. 6
         self.stochastic = self.variance > 0
-        # Every mean rule is linear in (x, v): its coefficients are its values at (1, 0) and (0, 1).
+        # A mean rule must be linear in (x, v). Its coefficients are then its values at (1, 0) and (0, 1), for all T steps at
+        # once.
         mean_rule = coefficients_keeping_mean if sde_type in ("cps", "exact") else mean_of_eq_7
         one, zero = torch.ones_like(self.std), torch.zeros_like(self.std)
         self.a = mean_rule(one, zero, sigmas[:-1], sigmas[1:], self.variance)

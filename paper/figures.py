@@ -29,7 +29,8 @@ from toy.gaussian import GaussianMixture, gaussian, propagate
 from toy.model import ToyPolicy
 
 FOLDER = Path("figures")
-SAMPLERS = dict(zip(SDE_TYPES, LOOKS, strict=True))  # name -> colour, line, marker
+# name -> colour, line, marker; a sampler of your own needs a further look in paper/plots.py
+SAMPLERS = dict(zip(SDE_TYPES, LOOKS, strict=True))
 STEPS = 20
 ETA = 0.5
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sde as sde_module
-from sde import SDE, rollout, sigma_schedule
+from sde import SDE, SDE_TYPES, rollout, sigma_schedule
 from toy.gaussian import GaussianMixture, gaussian, propagate
 
 
@@ -38,7 +38,8 @@ def test_table_of_marginal_errors(data_std, eta, T):
         assert value == pytest.approx(printed, abs=10**-digits), name  # one unit of the last digit
 
 
-@pytest.mark.parametrize("sde_type", ["sage_grpo", "dance_grpo", "exact"])
+# CPS shrinks the variance at any T. FlowGRPO's step from sigma = 1 has a rule of its own, so its rate is not that of T.
+@pytest.mark.parametrize("sde_type", [name for name in SDE_TYPES if name not in ("cps", "flow_grpo")])
 @pytest.mark.parametrize("data_std, eta", [(1.0, 0.5), (1.0, 1.0), (0.7, 0.5)])
 def test_marginals_converge_like_one_over_T(sde_type, data_std, eta):
     lengths = [200, 400, 800, 1600]
@@ -95,7 +96,7 @@ def energy_distance(a, b):
     return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
-@pytest.mark.parametrize("sde_type", ["sage_grpo", "flow_grpo", "dance_grpo", "exact"])
+@pytest.mark.parametrize("sde_type", [name for name in SDE_TYPES if name != "cps"])
 def test_a_mixture_keeps_its_distribution(sde_type):
     """Samples of the SDE against true samples; two true sets give the scale, the erratum's score a failing control."""
     world = GaussianMixture([0.4, 0.6], [[2.0, 0.0], [-1.0, 1.0]], [[[0.3, 0.1], [0.1, 0.2]], [[0.2, 0.0], [0.0, 0.4]]])

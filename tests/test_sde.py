@@ -149,8 +149,10 @@ def transcription(sde_type, x, v, sigma, sigma_next, second_sigma, eta):
     elif sde_type == "flow_grpo":
         at_one = second_sigma if sigma == 1 else sigma
         variance = (eta * math.sqrt(sigma / (1 - at_one)) * math.sqrt(delta)) ** 2
-    else:
+    elif sde_type == "dance_grpo":
         variance = eta * eta * delta
+    else:
+        raise ValueError(f"no formula for {sde_type}")
     return x - delta * v - 0.5 * variance * (x - (1 - sigma) * x0) / sigma**2, math.sqrt(variance)
 
 

@@ -264,11 +264,13 @@ def variance_of_table_1(sampler, k):
     if sampler.sde_type == "cps":
         noise_kept = sigma_next * math.cos(eta * math.pi / 2)
         return sigma_next**2 - noise_kept**2, "σ'² less the noise kept"
+    if sampler.sde_type == "exact":
 
-    def noise_that_is_left(u):
-        return (sde.diffusion_coefficient(u, eta) * decay_of_the_frozen_sde(u, sigma_next, eta)) ** 2
+        def noise_that_is_left(u):
+            return (sde.diffusion_coefficient(u, eta) * decay_of_the_frozen_sde(u, sigma_next, eta)) ** 2
 
-    return quadrature(noise_that_is_left, sigma_next, sigma), "quadrature of the frozen SDE"
+        return quadrature(noise_that_is_left, sigma_next, sigma), "quadrature of the frozen SDE"
+    raise ValueError(f"the walk needs an independent formula for each sampler: there is none for {sampler.sde_type}")
 
 
 def decay_of_the_frozen_sde(high, low, eta):
