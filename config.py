@@ -77,7 +77,7 @@ class Config(GRPOConfig):
 
     model: str = option(VIDEO, "", "the policy: toy, tiny, or a hub id or local folder of HunyuanVideo-1.5 in diffusers format")
     frames: int = option(
-        VIDEO, 81, "frames of a video, 4k + 1, at least 5: VideoAlign needs two [paper: 81]", video=True, bounds=(5, 1025)
+        VIDEO, 81, "frames of a video, 4k + 1, and 5 or more [paper: 81]", video=True, bounds=(5, 1025)
     )
     height: int = option(
         VIDEO, 352, "pixels of a rollout [release: its 480p bucket is 352 × 624]", video=True, bounds=(32, 4096)
@@ -136,7 +136,8 @@ class Config(GRPOConfig):
             bounds = field.metadata["bounds"] or ALGORITHM_BOUNDS.get(field.name)
             if bounds and not bounds[0] <= value <= bounds[1]:  # nan is within no bounds
                 low, high = bounds
-                raise ValueError(f"{field.name} must lie in [{low:g}, {high:g}]: got {value}; the default is {field.default}")
+                rule = f"{field.name} must lie in [{low:g}, {high:g}]"
+                raise ValueError(f"{rule}: got {value}; the default is {field.default}")
             if field.type is str and unprintable(value):
                 raise ValueError(f"{field.name} must be text without control characters: got {value!r}; remove them")
         if self.name:
@@ -153,7 +154,7 @@ class Config(GRPOConfig):
             raise ValueError(f"{run} exists; continue it with --resume {run}, or choose another --name")
 
     def check_video_model(self):
-        """Raise on sizes, prompts and model files that cannot work. The contents of a hub id cannot be seen from here."""
+        """Raise on sizes, prompts and model files that cannot work. The files of a hub id cannot be seen from here."""
         import hunyuan
 
         hunyuan.latent_shape(self.frames, self.height, self.width)
@@ -203,17 +204,19 @@ def check_name(name):
     """A run's name is one folder in --runs, which no name leads out of."""
     leaves = "/" in name or "\\" in name or name.startswith(".")
     if leaves or name != name.strip() or len(name.encode()) > 200:
-        rule = "name must be one folder's name: no / or \\, no dot at its start, no space at its ends, at most 200 bytes"
+        rule = "name must be one folder's name: no / or \\, no dot in front, no space at its ends, at most 200 bytes"
         raise ValueError(f"{rule}. Got {name!r}; put the run elsewhere with --runs")
 
 
 def check_folder_to_make(setting, folder):
     """Raise unless the folder is there or can be made, and can be written to."""
+    rule = f"{setting} must be a folder that is there or can be made"
+    if not folder:
+        raise ValueError(f"{rule}: got none; name one")
     path = Path(folder).absolute()
     existing = next(ancestor for ancestor in (path, *path.parents) if os.path.lexists(ancestor))
     longest = max(len(os.fsencode(part)) for part in path.parts)  # file systems take 255 bytes
-    if not folder or longest > 255 or not existing.is_dir() or not os.access(existing, os.W_OK):
-        rule = f"{setting} must be a folder that is there or can be made"
+    if longest > 255 or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{rule}: got {folder!r}, and {existing} is no folder that this can be made in; name another")
 
 
@@ -343,7 +346,8 @@ def check_plan(options):
 def check_export(config, options):
     """Any number of ranks can export, and no prompt and no reward is needed."""
     if not options.resume or config.model == TOY:
-        raise ValueError("--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo: got none")
+        rule = "--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo"
+        raise ValueError(f"{rule}: got none")
     check_folder_to_make("export", options.export)
     config.check_values()
     if config.model != TINY:

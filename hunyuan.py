@@ -247,7 +247,7 @@ class PromptEncoder:
         return encoded
 
     def _read(self, prompt):
-        """What the file of a text holds. None, so that it is encoded anew, where there is none, or another's, or damaged."""
+        """What the file of a text holds. None where it is missing, damaged or another text's: it is encoded anew."""
         path = self.path(prompt)
         if not path.exists():
             return None
@@ -321,7 +321,7 @@ def check_prompts(prompts, qwen, byt5):
         quoted = extract_glyph_texts(prompt) or ""
         length = len(byt5(quoted).input_ids)
         if length > GLYPH_TOKENS:
-            rule = f"ByT5 reads {GLYPH_TOKENS} bytes: what a prompt has in quotes must fit in, with a frame of 9 for each quote"
+            rule = f"ByT5 reads {GLYPH_TOKENS} bytes: a prompt's quotes must fit in, each with 9 bytes around it"
             raise ValueError(f"{rule}: got {length:,} in {prompt[:60]!r}…; quote less")
 
 
@@ -338,7 +338,7 @@ def check_model(model):
     Returns the tokenizers of a folder, for check_prompts. The contents of a hub id cannot be seen from here: None.
     """
     missing = [name for name in COMPONENTS if not (Path(model) / name).is_dir()]
-    if Path(model).is_dir() and missing:
+    if str(model) and Path(model).is_dir() and missing:
         mend = "write it with HunyuanVideo15Pipeline.save_pretrained, or download the whole release"
         raise FileNotFoundError(f"{model} must hold {', '.join(COMPONENTS)}: no {', '.join(missing)}; {mend}")
     if missing:  # without this check from_pretrained would look for a mistyped path on the hub
@@ -346,8 +346,8 @@ def check_model(model):
         return None
     configs = {name: check_network(Path(model), name) for name in NETWORKS}
     check_fit(model, configs)
-    for path in (Path(model) / "tokenizer", Path(model) / "tokenizer_2"):  # an empty folder would give the class's default
-        read_json(path / "tokenizer_config.json")
+    for name in ("tokenizer", "tokenizer_2"):  # an empty folder would give the default of its class
+        read_json(Path(model) / name / "tokenizer_config.json")
     tokenizers = load_tokenizers(model)
     known = configs["text_encoder"].vocab_size
     if len(tokenizers[0]) > known:
@@ -372,8 +372,9 @@ def check_network(model, name):
     if settings.get(key) != kind:
         raise ValueError(f'{path} must have "{key}": "{kind}": got {settings.get(key)!r}; download it again')
     stored = stored_tensors(model / name, stem)
-    counts = [settings.get(key) for key in ("num_layers", "num_refiner_layers", "num_hidden_layers", "layers_per_block")]
-    layers = max(count for count in [0, *counts] if type(count) is int)
+    keys = ("num_layers", "num_refiner_layers", "num_hidden_layers", "layers_per_block")
+    counts = [0, *(settings.get(key) for key in keys)]
+    layers = max(count for count in counts if type(count) is int)
     if layers > len(stored):  # to build as many, even without weights, could take for ever
         raise ValueError(f"{path} must describe its {len(stored)} tensors: got {layers} layers; download both again")
     try:
@@ -396,7 +397,8 @@ def stored_tensors(folder, stem):
     if index.is_file():
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-            raise ValueError(f'{index} must have a "weight_map" of tensors and files: got {listed!r:.60}; download it again')
+            rule = f'{index} must have a "weight_map" of tensors and files'
+            raise ValueError(f"{rule}: got {listed!r:.60}; download it again")
         files = sorted(set(listed.values()))
     stored = {}
     for file in files:
@@ -411,7 +413,8 @@ def stored_tensors(folder, stem):
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} must be a whole safetensors file: {error}; download it again") from error
     if listed is not None and listed.keys() != stored.keys():
-        raise ValueError(f"{index} must list the tensors of its files: got {len(listed)} of {len(stored)}; download it again")
+        rule = f"{index} must list the tensors of its files"
+        raise ValueError(f"{rule}: got {len(listed)} of {len(stored)}; download it again")
     return stored
 
 
@@ -441,7 +444,8 @@ def check_tensors(where, problems):
             first = sorted(str(name) for name in names)[:3]
             told.append(f"{len(names)} {problem} ({', '.join(first)}{', …' if len(names) > 3 else ''})")
     if told:
-        raise ValueError(f"{where} must hold exactly the tensors of its config.json: {'; '.join(told)}; download it again")
+        rule = f"{where} must hold exactly the tensors of its config.json"
+        raise ValueError(f"{rule}: {'; '.join(told)}; download it again")
 
 
 def check_fit(model, configs):
@@ -456,7 +460,8 @@ def check_fit(model, configs):
         raise ValueError(f"the text encoder must have at least 2 layers: that of {model} has {text.num_hidden_layers}")
     scale = configs["vae"].scaling_factor
     if not isinstance(scale, float) or not 0 < scale < math.inf:
-        raise ValueError(f"the scaling_factor of {model}/vae must be positive: got {scale!r}; download its config.json again")
+        rule = f"the scaling_factor of {model}/vae must be positive"
+        raise ValueError(f"{rule}: got {scale!r}; download its config.json again")
 
 
 def read_json(path):

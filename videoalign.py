@@ -174,7 +174,8 @@ def check_videos(videos, prompts):
 
 
 def check_folder(folder, repo):
-    """-> (settings, the checkpoint-<N> folder of the highest N). Raise unless all files fit together; no weight is loaded."""
+    """-> (settings, the checkpoint-<N> folder of the highest N).
+    Raise unless all files fit together. No weight is loaded."""
     read_template(repo)
     settings, checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
@@ -210,7 +211,8 @@ def read_template(repo):
     try:
         template.format(text_prompt="")
     except (AttributeError, LookupError, ValueError) as error:
-        raise ValueError(f"{name} in {path} must have no field but {{text_prompt}}: {error!r}; run `{clone}` again") from None
+        rule = f"{name} in {path} must have no field but {{text_prompt}}"
+        raise ValueError(f"{rule}: {error!r}; run `{clone}` again") from None
     return template
 
 
@@ -255,23 +257,27 @@ def read_settings(path):
     settings = {}
     for section in ("data_config", "model_config", "peft_lora_config", "inference_config"):
         if not isinstance(sections.get(section), dict):
-            raise ValueError(f"{path} must have an object {section}: got {sections.get(section)!r:.60}; download it again")
+            got = repr(sections.get(section))[:60]
+            raise ValueError(f"{path} must have an object {section}: got {got}; download it again")
         settings.update(sections[section])
     for key, values in IMPLEMENTED.items():
         value = settings.get(key)
         if value not in values or type(value) not in [type(known) for known in values]:
-            raise ValueError(f"{key} must be one of {values}: {path} has {value!r}; only VideoAlign's release is supported")
+            rule = f"{key} must be one of {values}"
+            raise ValueError(f"{rule}: {path} has {value!r}; only VideoAlign's release is supported")
     for key, (section, low, high) in NUMBERS.items():
         value = sections[section].get(key)
         if type(value) not in (int, float) or not low <= value <= high:
-            raise ValueError(f"{key} must lie in [{low:g}, {high:g}]: {path} has {value!r} in {section}; download it again")
+            rule = f"{key} must lie in [{low:g}, {high:g}]"
+            raise ValueError(f"{rule}: {path} has {value!r} in {section}; download it again")
     if type(settings["lora_r"]) is not int:
         raise ValueError(f"lora_r must be a whole number: {path} has {settings['lora_r']!r}; download it again")
     return settings
 
 
 def load_tokenizer(folder):
-    """Raise unless each token of the chat and of the rewards is one id: in pieces, no score would be read at its place."""
+    """Raise unless each token of the chat and of the rewards is one id.
+    In pieces, no score would be read at its place."""
     from transformers import AutoTokenizer
 
     try:
@@ -279,7 +285,8 @@ def load_tokenizer(folder):
         known = tokenizer.get_vocab()
         lacking = [token for token in REWARD_TOKENS + CHAT_TOKENS if tokenizer(token).input_ids != [known.get(token)]]
     except Exception as error:  # files from outside can break a library in any way
-        raise ValueError(f"{folder} must be a tokenizer that can be loaded: {error!r:.200}; download it again") from error
+        rule = f"{folder} must be a tokenizer that can be loaded"
+        raise ValueError(f"{rule}: {str(error)[:200]}; download it again") from error
     if lacking or tokenizer.pad_token_id is None:
         rule = f"{folder} must be VideoAlign's own tokenizer, with a pad token"
         raise ValueError(f"{rule}: it lacks {lacking or 'that'}; download it again")
@@ -291,8 +298,8 @@ def read_state(path, device):
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # torch's own message would advise to allow code
-        rule = "must hold nothing but tensors, as torch.save writes them"
-        raise ValueError(f"{path} {rule}: it is damaged or holds more ({type(error).__name__}); download it again") from error
+        rule = f"{path} must hold nothing but tensors, as torch.save writes them"
+        raise ValueError(f"{rule}: it is damaged or holds more ({type(error).__name__}); download it again") from error
     values = list(state.values()) if isinstance(state, dict) else [None]
     if not all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):
         raise ValueError(f"{path} must hold a dict of names and floating-point tensors: got another; download it again")
@@ -416,7 +423,7 @@ def group_keys(state, targets):
 
 
 def check_keys(groups, unexpected, state, targets, rank):
-    """ValueError with all keys that are missing, unexpected, without their LoRA pair or of another shape."""
+    """ValueError with the first keys that are missing, unexpected, without their LoRA pair or of another shape."""
     unpaired = []
     misshaped = []
     for name, keys in groups.items():
@@ -434,9 +441,14 @@ def check_keys(groups, unexpected, state, targets, rank):
         "without a LoRA pair": unpaired,
         "of another shape": misshaped,
     }
-    listed = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys]
+    listed = []
+    for problem, keys in problems.items():
+        if keys:
+            more = ", …" if len(keys) > 3 else ""
+            listed.append(f"{len(keys)} {problem}: {', '.join(keys[:3])}{more}")
     if listed:
-        raise ValueError(f"the keys of model.pth must be exactly those of VideoAlign's model: {'; '.join(listed)}")
+        rule = "the keys of model.pth must be exactly those of VideoAlign's model, as in a whole download"
+        raise ValueError(f"{rule}: {'; '.join(listed)}")
 
 
 def expected_shape(kind, shape, rank):
