@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,29 @@ import torch
 
 import checkpoint
 from grpo import METHOD, OPTIMIZATION, GRPOConfig, micro_batches_per_step, option
-from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts
+from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts, unprintable
 from sde import SDE, SDE_TYPES, sigma_schedule
 from trust_region import kl_weights
 
 TOY, TINY = "toy", "tiny"
 RUN, VIDEO, EVALUATION = "run", "video model", "evaluation"  # more groups of --help
+# Bounds of what GRPOConfig declares; those of Config stand beside its fields. An infinite value is outside all of them.
+ALGORITHM_BOUNDS = {
+    "group_size": (2, 10**4),
+    "batch_size": (1, 10**6),
+    "clip_range": (1e-10, 1e3),
+    "max_advantage": (1e-3, 1e3),
+    "beta_pos": (0, 1e6),
+    "beta_vel": (0, 1e6),
+    "kl_lambda": (0, 1e6),
+    "kl_lambda_early": (0, 1e6),
+    "kl_switch": (0, 10**7),
+    "anchor_every": (1, 10**7),
+    "optimizer_steps": (1, 10**4),
+    "micro_batch": (1, 10**6),
+    "max_grad_norm": (1e-6, 1e9),
+}
+PLAN_BOUNDS = {"gpus": (1, 10**5), "gpu_memory_gb": (1, 10**4)}  # of a dry run
 USAGE = "train.py [--preset NAME] [--dry-run] [--option VALUE …]   or   train.py --resume RUN [--iterations N | --export DIR]"
 
 
@@ -28,70 +46,75 @@ USAGE = "train.py [--preset NAME] [--dry-run] [--option VALUE …]   or   train.
 class Config(GRPOConfig):
     """All settings of a run. Defaults are the paper's; a preset overrides some, an option overrides both."""
 
-    num_steps: int = option(METHOD, 20, "T, sampling steps of a rollout [paper: 20]")
-    shift: float = option(METHOD, 5.0, "shift of the sigma schedule [release: 5]")
+    num_steps: int = option(METHOD, 20, "T, sampling steps of a rollout [paper: 20]", bounds=(1, 1000))
+    shift: float = option(METHOD, 5.0, "shift of the sigma schedule [release: 5]", bounds=(0.1, 100))
     sde_type: str = option(METHOD, "sage_grpo", "sampler of Table 1, or our exact [paper: sage_grpo]", SDE_TYPES)
-    eta: float = option(METHOD, 0.5, "η, exploration scale; at most 1 for cps [release: 0.5]")
+    eta: float = option(METHOD, 0.5, "η, exploration scale; at most 1 for cps [release: 0.5]", bounds=(1e-3, 10))
     noisy_last_step: bool = option(METHOD, True, "inject noise in the last step, too, and train it [release: on]")
 
     optimizer: str = option(
         OPTIMIZATION, "adamw", "adamw, or muon for the blocks' matrices and adamw for the rest [release: muon]", ("adamw", "muon")
     )
-    learning_rate: float = option(OPTIMIZATION, 1e-5, "learning rate, constant [paper: 1e-5]")
-    weight_decay: float = option(OPTIMIZATION, 0.0, "decoupled weight decay [release: 0.01]")
+    learning_rate: float = option(OPTIMIZATION, 1e-5, "learning rate, constant [paper: 1e-5]", bounds=(1e-10, 1))
+    weight_decay: float = option(OPTIMIZATION, 0.0, "decoupled weight decay [release: 0.01]", bounds=(0, 1))
     compute_dtype: str = option(
         OPTIMIZATION, "bfloat16", "of the transformer; masters are float32 [paper: bf16]", ("bfloat16", "float32"), video=True
     )
-    lora_rank: int = option(OPTIMIZATION, 0, "rank of the LoRA; 0 = full fine-tuning [paper: 0]", video=True)
+    lora_rank: int = option(
+        OPTIMIZATION, 0, "rank of the LoRA; 0 = full fine-tuning [paper: 0]", video=True, bounds=(0, 4096)
+    )
     anchor_offload: bool = option(OPTIMIZATION, False, "keep the moving anchor in host memory [release: on]", video=True)
 
     name: str = option(RUN, "", "run folder under --runs [default: the preset's name and a number]")
     runs: str = option(RUN, "runs", "folder that holds the runs")
-    seed: int = option(RUN, 0, "seed of every random draw")
-    iterations: int = option(RUN, 100, "iterations in all: rollouts of all samples, each with its update [paper: judged after 100]")
-    checkpoint_every: int = option(RUN, 10, "iterations between checkpoints")
-    keep_checkpoints: int = option(RUN, 2, "newest checkpoints that are kept")
+    seed: int = option(RUN, 0, "seed of every random draw", bounds=(0, 2**63 - 1))
+    iterations: int = option(
+        RUN, 100, "iterations in all: rollouts of all samples, each with its update [paper: judged after 100]",
+        bounds=(1, 10**7),
+    )  # fmt: skip
+    checkpoint_every: int = option(RUN, 10, "iterations between checkpoints", bounds=(1, 10**7))
+    keep_checkpoints: int = option(RUN, 2, "newest checkpoints that are kept", bounds=(1, 1000))
 
     model: str = option(VIDEO, "", "the policy: toy, tiny, or a hub id or local folder of HunyuanVideo-1.5 in diffusers format")
-    frames: int = option(VIDEO, 81, "frames of a video, 4k + 1 [paper: 81]", video=True)
-    height: int = option(VIDEO, 352, "pixels of a rollout [release: its 480p bucket is 352 × 624]", video=True)
-    width: int = option(VIDEO, 624, "pixels of a rollout", video=True)
-    fps: int = option(VIDEO, 24, "frames a second [release: 24]", video=True)
-    guidance_scale: float = option(VIDEO, 6.0, "classifier-free guidance, in rollout and training [release: 6.0]", video=True)
+    frames: int = option(
+        VIDEO, 81, "frames of a video, 4k + 1, and 5 or more [paper: 81]", video=True, bounds=(5, 1025)
+    )
+    height: int = option(
+        VIDEO, 352, "pixels of a rollout [release: its 480p bucket is 352 × 624]", video=True, bounds=(32, 4096)
+    )
+    width: int = option(VIDEO, 624, "pixels of a rollout", video=True, bounds=(32, 4096))
+    fps: int = option(VIDEO, 24, "frames a second [release: 24]", video=True, bounds=(1, 240))
+    guidance_scale: float = option(
+        VIDEO, 6.0, "classifier-free guidance, in rollout and training [release: 6.0]", video=True, bounds=(0.1, 100)
+    )
     prompts: str = option(VIDEO, STARTER_TRAIN, "training prompts: .txt (one a line), .csv or .jsonl (prompt)", video=True)
     prompt_cache: str = option(VIDEO, "", "folder of encoded prompts [default: prompt_cache under --runs]", video=True)
     videoalign: str = option(VIDEO, "", "checkpoint folder of VideoAlign (KwaiVGI/VideoReward)", video=True)
     videoalign_repo: str = option(VIDEO, "", "clone of the VideoAlign repository, for its prompt template", video=True)
 
-    eval_every: int = option(EVALUATION, 10, "iterations between evaluations: fixed prompts and noise, ODE sampling")
-    eval_steps: int = option(EVALUATION, 40, "sampling steps of an evaluation [paper: 40]")
-    eval_noises: int = option(EVALUATION, 1, "noises per evaluation prompt")
-    eval_height: int = option(EVALUATION, 480, "pixels of an evaluation video [release: 480 × 864]", video=True)
-    eval_width: int = option(EVALUATION, 864, "pixels of an evaluation video", video=True)
+    eval_every: int = option(
+        EVALUATION, 10, "iterations between evaluations: fixed prompts and noise, ODE sampling", bounds=(1, 10**7)
+    )
+    eval_steps: int = option(EVALUATION, 40, "sampling steps of an evaluation [paper: 40]", bounds=(1, 1000))
+    eval_noises: int = option(EVALUATION, 1, "noises per evaluation prompt", bounds=(1, 1000))
+    eval_height: int = option(
+        EVALUATION, 480, "pixels of an evaluation video [release: 480 × 864]", video=True, bounds=(32, 4096)
+    )
+    eval_width: int = option(EVALUATION, 864, "pixels of an evaluation video", video=True, bounds=(32, 4096))
     eval_prompts: str = option(EVALUATION, STARTER_EVAL, "evaluation prompts: .txt, .csv or .jsonl", video=True)
     clip_score: str = option(EVALUATION, "", "hub id or folder of a CLIP model: adds CLIPScore", video=True)
     pick_score: str = option(EVALUATION, "", "hub id or folder of PickScore: adds PickScore", video=True)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # a config.json may have been edited
-            allowed = (int, float) if field.type is float else field.type
+            allowed = (int, float) if field.type is float else (field.type,)
             value = getattr(self, field.name)
-            if not isinstance(value, allowed):
-                raise ValueError(f"{field.name} must be of type {field.type.__name__}: got {value!r}")
+            if type(value) not in allowed:  # isinstance would take True for an int
+                raise ValueError(f"{field.name} must be of type {field.type.__name__}: got {reprlib.repr(value)}")
 
     def check(self, ranks):
         """Raise on the first setting that cannot work on this number of ranks, before anything is loaded."""
-        self.check_algorithm()
-        for name in ("iterations", "eval_every", "eval_steps", "eval_noises", "checkpoint_every", "keep_checkpoints", "fps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
-        for name in ("learning_rate", "eta", "guidance_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative: got {self.weight_decay}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be 0 (full fine-tuning) or positive: got {self.lora_rank}")
+        self.check_values()
         if self.batch_size * ranks % self.group_size:
             raise ValueError(
                 f"group_size must divide batch_size × ranks: got {self.group_size} and {self.batch_size} × {ranks}; "
@@ -103,24 +126,65 @@ class Config(GRPOConfig):
         if self.model != TOY:
             self.check_video_model()
 
+    def check_values(self):
+        """Raise on the first setting whose value cannot work, whether an option or a config.json has brought it."""
+        self.check_algorithm()
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}: got {value!r}")
+            bounds = field.metadata["bounds"] or ALGORITHM_BOUNDS.get(field.name)
+            if bounds and not bounds[0] <= value <= bounds[1]:  # nan is within no bounds
+                low, high = bounds
+                rule = f"{field.name} must lie in [{low:g}, {high:g}]"
+                raise ValueError(f"{rule}: got {value}; the default is {field.default}")
+            if field.type is str and unprintable(value):
+                raise ValueError(f"{field.name} must be text without control characters: got {value!r}; remove them")
+        if self.name:
+            check_name(self.name)
+        check_folder_to_make("runs", self.runs)
+        if self.prompt_cache:
+            check_folder_to_make("prompt_cache", self.prompt_cache)
+
+    def check_new_run(self):
+        """Apart from check(), since a run that goes on has its folder. So has one whose ranks torchrun starts again."""
+        run = Path(self.runs) / self.name
+        started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if self.name and os.path.lexists(run) and not started_again:
+            raise ValueError(f"{run} exists; continue it with --resume {run}, or choose another --name")
+
     def check_video_model(self):
+        """Raise on sizes, prompts and model files that cannot work. The files of a hub id cannot be seen from here."""
         import hunyuan
 
         hunyuan.latent_shape(self.frames, self.height, self.width)
         hunyuan.latent_shape(self.frames, self.eval_height, self.eval_width)
-        read_prompts(self.prompts)
-        read_prompts(self.eval_prompts)
-        if self.model != TINY:
-            hunyuan.check_model(self.model)
+        prompts = read_prompts(self.prompts) + read_prompts(self.eval_prompts)
+        if self.model == TINY:
+            from tiny.hunyuan import tiny_tokenizer
+
+            tokenizers = tiny_tokenizer(), hunyuan.ByT5Tokenizer()
+        else:
+            tokenizers = hunyuan.check_model(self.model)
+        if tokenizers:
+            hunyuan.check_prompts(prompts, *tokenizers)
 
     def check_rewards(self):
         """Apart from check(), since a dry run needs no files of the reward model."""
-        if self.model in (TOY, TINY):
+        if self.model == TOY:
+            return
+        import videoalign
+
+        for name in ("clip_score", "pick_score"):
+            if getattr(self, name):
+                videoalign.check_clip(name, getattr(self, name))
+        if self.model == TINY:
             return
         for name, what in (("videoalign", "checkpoint"), ("videoalign_repo", "clone of its code")):
             given = getattr(self, name)
             if not given or not Path(given).is_dir():
                 raise ValueError(f"--{name} must be the folder of VideoAlign's {what}: got {given!r}, see the README")
+        videoalign.check_folder(Path(self.videoalign), self.videoalign_repo)
 
     def sde(self):
         """The sampler of the rollouts."""
@@ -134,6 +198,26 @@ class Config(GRPOConfig):
                 f"a rollout needs a stochastic step: got none of {self.num_steps}; raise num_steps or keep noisy_last_step"
             )
         return stochastic
+
+
+def check_name(name):
+    """A run's name is one folder in --runs, which no name leads out of."""
+    leaves = "/" in name or "\\" in name or name.startswith(".")
+    if leaves or name != name.strip() or len(name.encode()) > 200:
+        rule = "name must be one folder's name: no / or \\, no dot in front, no space at its ends, at most 200 bytes"
+        raise ValueError(f"{rule}. Got {name!r}; put the run elsewhere with --runs")
+
+
+def check_folder_to_make(setting, folder):
+    """Raise unless the folder is there or can be made, and can be written to."""
+    rule = f"{setting} must be a folder that is there or can be made"
+    if not folder:
+        raise ValueError(f"{rule}: got none; name one")
+    path = Path(folder).absolute()
+    existing = next(ancestor for ancestor in (path, *path.parents) if os.path.lexists(ancestor))
+    longest = max(len(os.fsencode(part)) for part in path.parts)  # file systems take 255 bytes
+    if longest > 255 or not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{rule}: got {folder!r}, and {existing} is no folder that this can be made in; name another")
 
 
 PAPER = dict(model="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v")  # all else: the defaults above
@@ -191,8 +275,8 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     try:
         return resolve(options), options
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))  # one line, whatever a library's message looks like
 
 
 def command_line():
@@ -230,23 +314,46 @@ def help_line(field):
 
 
 def resolve(options):
-    """The Config of a command line, checked; ValueError or FileNotFoundError says what cannot be."""
+    """The Config of a command line, checked; a ValueError or an OSError says what cannot be."""
     names = [field.name for field in dataclasses.fields(Config)]
     given = {name: value for name, value in vars(options).items() if name in names}
     if options.resume:
         config = resumed_config(options, given, names)
     else:
         config = preset_config(options.preset or TOY, given)
-    if (options.gpus or options.gpu_memory_gb) and not options.dry_run:
-        raise ValueError("--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run")
-    if options.export:  # which any number of ranks can do
-        if not options.resume or config.model == TOY:
-            raise ValueError("--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo: got none")
+    check_plan(options)
+    if options.export is not None:
+        check_export(config, options)
         return config
     config.check(planned_ranks(config, options))
     if not options.dry_run:
         config.check_rewards()
+        if not options.resume:
+            config.check_new_run()
     return config
+
+
+def check_plan(options):
+    """The two options that only a dry run reads."""
+    for name, (low, high) in PLAN_BOUNDS.items():
+        value = getattr(options, name)
+        if value is not None and not options.dry_run:
+            raise ValueError("--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run")
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} must lie in [{low:g}, {high:g}]: got {value}; name what one machine or GPU has")
+
+
+def check_export(config, options):
+    """Any number of ranks can export, and no prompt and no reward is needed."""
+    if not options.resume or config.model == TOY:
+        rule = "--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo"
+        raise ValueError(f"{rule}: got none")
+    check_folder_to_make("export", options.export)
+    config.check_values()
+    if config.model != TINY:
+        import hunyuan
+
+        hunyuan.check_model(config.model)
 
 
 def resumed_config(options, given, names):

@@ -54,9 +54,13 @@ from trust_region import (
 METHOD, OPTIMIZATION = "method", "optimization"  # groups of --help
 
 
-def option(group, default, text, choices=None, video=False):
-    """A dataclass field that also knows its line of --help. video: read by the video model alone, not by the toy."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "video": video})
+def option(group, default, text, choices=None, video=False, bounds=None):
+    """A dataclass field that also knows its line of --help, and its choices or its bounds (lowest, highest).
+
+    video: read by the video model alone, not by the toy.
+    """
+    known = {"group": group, "help": text, "choices": choices, "video": video, "bounds": bounds}
+    return field(default=default, metadata=known)
 
 
 @dataclass

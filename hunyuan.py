@@ -7,10 +7,13 @@ passes. `shard` spreads it over GPUs. `export` writes what stock diffusers loads
 
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
+import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -21,17 +24,47 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts, format_text_input
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
+# The networks of a model, each with the name of its file of weights.
+NETWORKS = {
+    "transformer": (HunyuanVideo15Transformer3DModel, "diffusion_pytorch_model"),
+    "vae": (AutoencoderKLHunyuanVideo15, "diffusion_pytorch_model"),
+    "text_encoder": (Qwen2_5_VLTextModel, "model"),
+    "text_encoder_2": (T5EncoderModel, "model"),
+}
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")  # a quantised weight would be taken for a plain one
 COMPONENTS = ("transformer", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 # The VAE makes one latent of 32 channels from 4 frames × 16 × 16 pixels; the first frame has a latent of its own.
 CHANNELS, TIME, SPACE = 32, 4, 16
-LONGEST_TEXT = 1256  # tokens of the longest prompt: 1000 of Qwen2.5-VL and 256 of ByT5
+# The stock functions that encode a prompt, and what they take for granted.
+ENCODE_TEXT = HunyuanVideo15Pipeline._get_mllm_prompt_embeds
+ENCODE_GLYPHS = HunyuanVideo15Pipeline._get_byt5_prompt_embeds
+SYSTEM_MESSAGE = inspect.signature(ENCODE_TEXT).parameters["system_message"].default
+SYSTEM_TOKENS = inspect.signature(ENCODE_TEXT).parameters["crop_start"].default  # 108, cut off without looking
+TEXT_TOKENS = inspect.signature(ENCODE_TEXT).parameters["tokenizer_max_length"].default  # 1,000 of Qwen2.5-VL
+GLYPH_TOKENS = inspect.signature(ENCODE_GLYPHS).parameters["tokenizer_max_length"].default  # 256 of ByT5
+LONGEST_TEXT = TEXT_TOKENS + GLYPH_TOKENS
+# What this file relies on in the configs. Where a config is silent, the default of its class counts.
+REQUIRED = {
+    "transformer": {
+        "in_channels": 2 * CHANNELS + 1,
+        "out_channels": CHANNELS,
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "use_meanflow": False,  # a distilled model reads a second timestep
+    },
+    "vae": {"latent_channels": CHANNELS, "spatial_compression_ratio": SPACE, "temporal_compression_ratio": TIME},
+    "text_encoder": {},
+    "text_encoder_2": {},
+}
 
 
 class Prompt(NamedTuple):
@@ -175,54 +208,273 @@ class PromptEncoder:
         self.folder = Path(folder)
         self.device = device
         self.dtype = dtype
+        self.version = encoders_version(model)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, prompts):
-        distinct = dict.fromkeys(prompts)
-        missing = [prompt for prompt in distinct if not self.path(prompt).exists()]
+        found = {prompt: self._read(prompt) for prompt in prompts}
+        missing = [prompt for prompt, encoded in found.items() if encoded is None]
         if missing:
-            self._encode(missing)
-        return [self._read(prompt) for prompt in prompts]
+            found |= self._encode(missing)
+        return [found[prompt] for prompt in prompts]
 
     def path(self, prompt):
-        """The file of a text. Its name is a hash of all that the embeddings depend on: model, dtype and text.
-
-        A local folder enters by its path and by size and time of its encoders' files, so that new weights in the same
-        place get new files.
-        """
-        weights = sorted(Path(self.model).glob("text_encoder*/*.safetensors"))
-        model = Path(self.model).resolve() if weights else self.model
-        states = [file.stat() for file in weights]
-        versions = [(state.st_size, state.st_mtime_ns) for state in states]
-        key = repr((str(model), versions, str(self.dtype), prompt))
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
+        """The file of a text. Its name is a hash of all that the embeddings depend on: encoders, dtype and text."""
+        key = repr((self.version, str(self.dtype), prompt))
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     @torch.no_grad()
     def _encode(self, prompts):
-        qwen = load_component(Qwen2Tokenizer, self.model, "tokenizer")
-        byt5 = load_component(ByT5Tokenizer, self.model, "tokenizer_2")
-        text_encoder = load_component(Qwen2_5_VLTextModel, self.model, "text_encoder", dtype=self.dtype).to(self.device)
-        glyph_encoder = load_component(T5EncoderModel, self.model, "text_encoder_2", dtype=self.dtype).to(self.device)
-        # These stock functions add the system message, cut its 108 tokens off again, and search for quotes. They pad to
+        """{prompt: Prompt}, each written to its file."""
+        qwen, byt5 = load_tokenizers(self.model)
+        check_prompts(prompts, qwen, byt5)
+        text_encoder = load_network(self.model, "text_encoder", self.dtype).to(self.device)
+        glyph_encoder = load_network(self.model, "text_encoder_2", self.dtype).to(self.device)
+        # The stock functions add the system message, cut its 108 tokens off again, and search for quotes. They pad to
         # 1000 and 256 tokens. What their masks keep is all that the transformer would attend to.
-        encode_text = HunyuanVideo15Pipeline._get_mllm_prompt_embeds
-        encode_glyphs = HunyuanVideo15Pipeline._get_byt5_prompt_embeds
+        encoded = {}
         for prompt in prompts:
-            text, text_mask = encode_text(text_encoder, qwen, [prompt], self.device)
-            glyphs, glyph_mask = encode_glyphs(byt5, glyph_encoder, [prompt], self.device)
-            self._write(prompt, Prompt(text[text_mask.bool()].cpu(), glyphs[glyph_mask.bool()].cpu()))
+            text, text_mask = ENCODE_TEXT(text_encoder, qwen, [prompt], self.device)
+            glyphs, glyph_mask = ENCODE_GLYPHS(byt5, glyph_encoder, [prompt], self.device)
+            encoded[prompt] = Prompt(text[text_mask.bool()].cpu(), glyphs[glyph_mask.bool()].cpu())
+            if not all(tensor.isfinite().all() for tensor in encoded[prompt]):
+                rule = "the text encoders must give finite embeddings"
+                raise ValueError(f"{rule}: those of {prompt!r} are not; the weights of {self.model} are damaged")
+            self._write(prompt, encoded[prompt])
         del text_encoder, glyph_encoder
         gc.collect()  # modules hold reference cycles: without this the memory stays taken
         torch.cuda.empty_cache()  # does nothing without a GPU
+        return encoded
 
     def _read(self, prompt):
-        return Prompt(**torch.load(self.path(prompt), weights_only=True))
+        """What the file of a text holds. None where it is missing, damaged or another text's: it is encoded anew."""
+        path = self.path(prompt)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if metadata.get("checksum") == checksum(path, tensors):
+                return Prompt(**tensors)
+        except Exception:  # whatever is wrong with the file, it is written anew
+            pass
+        print(f"{path} is not what was written there: its prompt is encoded anew", file=sys.stderr)
+        return None
 
     def _write(self, prompt, encoded):
         """Write under a temporary name first: ranks may write the same file, and a killed run must not leave half."""
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
-            torch.save(encoded._asdict(), file)
-        os.replace(file.name, self.path(prompt))
+        path = self.path(prompt)
+        tensors = {name: tensor.contiguous() for name, tensor in encoded._asdict().items()}
+        content = save(tensors, metadata={"checksum": checksum(path, tensors)})
+        temporary = None
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+                temporary = Path(file.name)
+                file.write(content)
+            os.replace(temporary, path)
+        except OSError as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            raise OSError(
+                f"an encoded prompt could not be written to {self.folder}, which has {free:,} bytes free: "
+                f"{len(content):,} are needed ({error}); make room, or choose another --prompt_cache"
+            ) from error
+
+
+def encoders_version(model):
+    """What the embeddings depend on in a model: the id of a hub model; of a folder its path and the encoders' files.
+
+    A file of weights counts by its size and time. All others, the tokenizers' among them, count by their contents.
+    """
+    files = sorted(path for path in Path(model).glob("t*/*") if path.parent.name in COMPONENTS[2:] and path.is_file())
+    if not files:
+        return str(model)
+    version = [str(Path(model).resolve())]
+    for file in files:
+        state = file.stat()
+        by_state = file.suffix == ".safetensors"
+        content = (state.st_size, state.st_mtime_ns) if by_state else hashlib.sha256(file.read_bytes()).hexdigest()
+        version.append((file.parent.name, file.name, content))
+    return repr(version)
+
+
+def checksum(path, tensors):
+    """sha256 of the name of a cache file and of all that its tensors hold: a damaged or a renamed file has another."""
+    total = hashlib.sha256(path.name.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def check_prompts(prompts, qwen, byt5):
+    """Raise on a prompt of which the stock functions would cut off the end."""
+    for prompt in prompts:
+        length = len(prompt.encode())  # no text has more tokens than bytes
+        if length > TEXT_TOKENS - 100:
+            length = len(chat_tokens(qwen, prompt)) - SYSTEM_TOKENS
+        rule = f"the text encoder reads {TEXT_TOKENS:,} tokens: a prompt, with the few that end it, must have no more"
+        if length > TEXT_TOKENS:
+            raise ValueError(f"{rule}: got {length:,} in {prompt[:60]!r}…; shorten it")
+        quoted = extract_glyph_texts(prompt) or ""
+        length = len(byt5(quoted).input_ids)
+        if length > GLYPH_TOKENS:
+            rule = f"ByT5 reads {GLYPH_TOKENS} bytes: a prompt's quotes must fit in, each with 9 bytes around it"
+            raise ValueError(f"{rule}: got {length:,} in {prompt[:60]!r}…; quote less")
+
+
+def chat_tokens(qwen, prompt):
+    """The ids of a prompt in its chat, as the stock function makes them, without padding and uncut."""
+    (chat,) = format_text_input([prompt], SYSTEM_MESSAGE)
+    return qwen.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids
+
+
+# ------------------------------------------------------------------------------------------------ the files of a model
+def check_model(model):
+    """Raise unless the model is a folder whose contents fit together, or can be a hub id. No weight is loaded.
+
+    Returns the tokenizers of a folder, for check_prompts. The contents of a hub id cannot be seen from here: None.
+    """
+    missing = [name for name in COMPONENTS if not (Path(model) / name).is_dir()]
+    if str(model) and Path(model).is_dir() and missing:
+        mend = "write it with HunyuanVideo15Pipeline.save_pretrained, or download the whole release"
+        raise FileNotFoundError(f"{model} must hold {', '.join(COMPONENTS)}: no {', '.join(missing)}; {mend}")
+    if missing:  # without this check from_pretrained would look for a mistyped path on the hub
+        check_hub_id("model", model, "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v")
+        return None
+    configs = {name: check_network(Path(model), name) for name in NETWORKS}
+    check_fit(model, configs)
+    for name in ("tokenizer", "tokenizer_2"):  # an empty folder would give the default of its class
+        read_json(Path(model) / name / "tokenizer_config.json")
+    tokenizers = load_tokenizers(model)
+    known = configs["text_encoder"].vocab_size
+    if len(tokenizers[0]) > known:
+        rule = f"the tokenizer's ids must be among the {known:,} of the text encoder"
+        raise ValueError(f"{rule}: {model} has {len(tokenizers[0]):,}; take both from one release")
+    return tokenizers
+
+
+def check_hub_id(setting, model, example):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
+        rule = f"the {setting} must be an existing folder or a hub id like {example}"
+        raise FileNotFoundError(f"{rule}: got {str(model)!r}")
+
+
+def check_network(model, name):
+    """The config of one network in a folder. Raise unless it is of the class and has the tensors that it describes."""
+    cls, stem = NETWORKS[name]
+    path = model / name / "config.json"
+    settings = read_json(path)
+    of_transformers = hasattr(cls, "config_class")
+    key, kind = ("model_type", cls.config_class.model_type) if of_transformers else ("_class_name", cls.__name__)
+    if settings.get(key) != kind:
+        raise ValueError(f'{path} must have "{key}": "{kind}": got {settings.get(key)!r}; download it again')
+    stored = stored_tensors(model / name, stem)
+    keys = ("num_layers", "num_refiner_layers", "num_hidden_layers", "layers_per_block")
+    counts = [0, *(settings.get(key) for key in keys)]
+    layers = max(count for count in counts if type(count) is int)
+    if layers > len(stored):  # to build as many, even without weights, could take for ever
+        raise ValueError(f"{path} must describe its {len(stored)} tensors: got {layers} layers; download both again")
+    try:
+        with torch.device("meta"):
+            network = cls(cls.config_class.from_dict(settings)) if of_transformers else cls.from_config(settings)
+    except Exception as error:  # a wrong setting can break a library in any way
+        raise ValueError(f"{path} must describe a {cls.__name__}: {error!r}; download it again") from error
+    got = {key: getattr(network.config, key) for key in REQUIRED[name]}
+    if got != REQUIRED[name]:
+        raise ValueError(f"{path} must have {REQUIRED[name]}: got {got}; only this text-to-video model is supported")
+    compare_tensors(model / name, network, stored)
+    return network.config
+
+
+def stored_tensors(folder, stem):
+    """{name: (shape, dtype)} from the headers of a network's safetensors files, which also give away a cut file."""
+    index = folder / f"{stem}.safetensors.index.json"
+    listed = None
+    files = [f"{stem}.safetensors"]
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            rule = f'{index} must have a "weight_map" of tensors and files'
+            raise ValueError(f"{rule}: got {listed!r:.60}; download it again")
+        files = sorted(set(listed.values()))
+    stored = {}
+    for file in files:
+        path = folder / Path(file).name  # no file outside of the folder
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} must hold {path.name}: it is missing; download it again")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():
+                    tensor = tensors.get_slice(name)
+                    stored[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} must be a whole safetensors file: {error}; download it again") from error
+    if listed is not None and listed.keys() != stored.keys():
+        rule = f"{index} must list the tensors of its files"
+        raise ValueError(f"{rule}: got {len(listed)} of {len(stored)}; download it again")
+    return stored
+
+
+def compare_tensors(folder, network, stored):
+    """Raise unless the stored tensors are those of the network, in shape and kind."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    absent = expected.keys() - stored.keys()
+    for one, other in (getattr(network, "_tied_weights_keys", None) or {}).items():  # two names, and one of them stored
+        if one in stored or other in stored:
+            absent -= {one, other}
+    ignored = [*(getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()), r"inv_freq$"]
+    foreign = [name for name in stored.keys() - expected.keys() if not any(re.search(rule, name) for rule in ignored)]
+    shared = expected.keys() & stored.keys()
+    check_tensors(folder, {
+        "missing": absent,
+        "unexpected": foreign,
+        "of another shape": [f"{name} {stored[name][0]}" for name in shared if stored[name][0] != expected[name]],
+        "of another type": [f"{name} {stored[name][1]}" for name in shared if stored[name][1] not in WEIGHT_TYPES],
+    })  # fmt: skip
+
+
+def check_tensors(where, problems):
+    """Raise if any of the problems has a tensor: {problem: names}. The message names three of each."""
+    told = []
+    for problem, names in problems.items():
+        if names:
+            first = sorted(str(name) for name in names)[:3]
+            told.append(f"{len(names)} {problem} ({', '.join(first)}{', …' if len(names) > 3 else ''})")
+    if told:
+        rule = f"{where} must hold exactly the tensors of its config.json"
+        raise ValueError(f"{rule}: {'; '.join(told)}; download it again")
+
+
+def check_fit(model, configs):
+    """Raise unless the text encoders' outputs are what the transformer reads."""
+    transformer, text, glyphs = configs["transformer"], configs["text_encoder"], configs["text_encoder_2"]
+    widths = (text.hidden_size, glyphs.d_model)
+    if widths != (transformer.text_embed_dim, transformer.text_embed_2_dim):
+        expected = (transformer.text_embed_dim, transformer.text_embed_2_dim)
+        rule = f"the text encoders must have the widths {expected} that the transformer reads"
+        raise ValueError(f"{rule}: those of {model} have {widths}; take all parts from one release")
+    if text.num_hidden_layers < 2:  # the third hidden state from the end is read
+        raise ValueError(f"the text encoder must have at least 2 layers: that of {model} has {text.num_hidden_layers}")
+    scale = configs["vae"].scaling_factor
+    if not isinstance(scale, float) or not 0 < scale < math.inf:
+        rule = f"the scaling_factor of {model}/vae must be positive"
+        raise ValueError(f"{rule}: got {scale!r}; download its config.json again")
+
+
+def read_json(path):
+    """The object of a JSON file, with an error that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} must hold {path.name}: it is missing; download it again")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON: {error}; download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object: got {content!r:.60}; download it again")
+    return content
 
 
 # ------------------------------------------------------------------------------------------------ loading and saving
@@ -248,38 +500,56 @@ def load(
         raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16: got {compute_dtype}")
     check_model(model)
     weight_dtype = compute_dtype if lora_rank else torch.float32
-    transformer = load_component(HunyuanVideo15Transformer3DModel, model, "transformer", dtype=weight_dtype)
+    transformer = load_network(model, "transformer", weight_dtype)
     prepare(transformer, lora_rank, seed)
     if mesh is None:
         transformer.to(device)
     else:  # moves one block after another to the GPU, which never holds the whole model: 33 GB in float32
         shard(transformer, mesh, compute_dtype)
-    vae = load_component(AutoencoderKLHunyuanVideo15, model, "vae", dtype=torch.float32)
+    vae = load_network(model, "vae", torch.float32)
     vae.to(device).requires_grad_(False)
     prompts = PromptEncoder(model, prompt_cache, device, compute_dtype)
     return HunyuanPolicy(transformer, vae, prompts, shape, guidance_scale, compute_dtype)
 
 
-def check_model(model):
-    """Raise unless the model is a complete folder or can be a hub id.
+def load_network(model, name, dtype):
+    """One of NETWORKS. A tensor that the files lack would be drawn at random, with no more than a warning."""
+    network, info = load_component(
+        NETWORKS[name][0], model, name, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    check_tensors(f"{name} of {model}", {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"]})
+    return network
 
-    Without this check from_pretrained would look for a mistyped path on the hub, and its error would be about the hub.
-    """
-    missing = [name for name in COMPONENTS if not (Path(model) / name).is_dir()]
-    if Path(model).is_dir() and missing:
-        mend = "write it with HunyuanVideo15Pipeline.save_pretrained, or download the whole release"
-        raise FileNotFoundError(f"{model} must hold {', '.join(COMPONENTS)}: no {', '.join(missing)}; {mend}")
-    if missing and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
-        example = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v"
-        raise FileNotFoundError(f"the model must be an existing folder or a hub id like {example}: got {str(model)!r}")
+
+def load_tokenizers(model):
+    """(Qwen2Tokenizer, ByT5Tokenizer) of a model, which do what the stock functions take for granted."""
+    qwen = load_component(Qwen2Tokenizer, model, "tokenizer")
+    byt5 = load_component(ByT5Tokenizer, model, "tokenizer_2")
+    mend = "download it again"
+    if not qwen.chat_template or qwen.pad_token_id is None or qwen.padding_side != "right":
+        got = f"chat template {qwen.chat_template!r:.40}, pad token {qwen.pad_token!r}, side {qwen.padding_side!r}"
+        raise ValueError(f"tokenizer of {model} must have a chat template and pad on the right: got {got}; {mend}")
+    try:
+        chats = [chat_tokens(qwen, "cat"), chat_tokens(qwen, "dog")]
+    except Exception as error:  # the template is a program
+        raise ValueError(f"tokenizer of {model} must have a chat template that runs: {error}; {mend}") from error
+    common = os.path.commonprefix(chats)  # the ids before the prompt's own are those that all prompts share
+    if len(common) != SYSTEM_TOKENS:
+        rule = f"must give the system message the {SYSTEM_TOKENS} tokens that the pipeline cuts off before a prompt"
+        raise ValueError(f"tokenizer of {model} {rule}: got {len(common)}; {mend}")
+    ids = byt5("aé").input_ids
+    if ids != [100, 198, 172, 1]:  # three more than each byte, and the end
+        raise ValueError(f"tokenizer_2 of {model} must be ByT5's, one id for each byte: got {ids} for 'aé'; {mend}")
+    return qwen, byt5
 
 
 def load_component(cls, model, name, **options):
     """One part of the model, with an error that says which part of which model cannot be loaded."""
     try:
         return cls.from_pretrained(model, subfolder=name, **options)
-    except OSError as error:
-        raise OSError(f"cannot load {name} of {model!r} (of a hub id, check spelling and network): {error}") from error
+    except Exception as error:  # files from outside can break a library in any way
+        where = "download it again" if Path(model).is_dir() else "check spelling and network"
+        raise OSError(f"cannot load {name} of {str(model)!r}: {error or type(error).__name__}; {where}") from error
 
 
 def prepare(transformer, lora_rank=0, seed=0):

@@ -19,6 +19,7 @@ CHAT_HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_st
 CHAT_VIDEO = "<|video_pad|>"
 CHAT_MIDDLE = "<|vision_end|>"
 CHAT_TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", CHAT_VIDEO]
 PATCH = 14  # Qwen2-VL: a patch is 14 × 14 pixels of 2 frames
 MERGE = 2  # 2 × 2 patches are merged into a token
 # Of CLIP and of Qwen2-VL, for red, green and blue.
@@ -41,6 +42,16 @@ IMPLEMENTED = {
     "output_dim": [1, 3],
     "use_rslora": [False],
 }
+# The numbers of model_config.json that are read, with their section and their bounds.
+NUMBERS = {
+    "fps": ("data_config", 1e-3, 1e3),
+    "max_frame_pixels": ("data_config", PATCH * MERGE * PATCH * MERGE, 1e8),
+    "lora_r": ("peft_lora_config", 1, 1e5),
+    "lora_alpha": ("peft_lora_config", 1e-3, 1e6),
+}
+for _name in DIMENSIONS:
+    NUMBERS[f"{_name}_mean"] = ("inference_config", -1e6, 1e6)
+    NUMBERS[f"{_name}_std"] = ("inference_config", 1e-6, 1e6)
 # A key of model.pth, as transformers 4.45 and PEFT wrote it: prefix, part of the model, layer, kind of tensor, leaf.
 KEY = re.compile(
     r"base_model\.model\.(model|visual|[lr]m_head)(.*?)(\.base_layer|\.lora_[AB]\.default)?\.(weight|bias)"
@@ -64,8 +75,8 @@ class VideoAlign:
         self.batch_size = batch_size
         self.fps = fps
         self.failures = []
+        settings, checkpoint = check_folder(Path(folder), repo)
         self.template = read_template(repo)
-        settings, checkpoint = read_checkpoint(Path(folder))
         self.sample_fps = settings["fps"]
         self.max_pixels = settings["max_frame_pixels"]
         self.mean = torch.tensor([settings[f"{name}_mean"] for name in DIMENSIONS])
@@ -74,7 +85,7 @@ class VideoAlign:
         self.reward_ids = self.tokenizer.convert_tokens_to_ids(REWARD_TOKENS)
         self.video_id = self.tokenizer.convert_tokens_to_ids(CHAT_VIDEO)
         self.module = build_module(Path(folder), settings["output_dim"], self.video_id, self.device)
-        state = torch.load(checkpoint / "model.pth", map_location="cpu", weights_only=True, mmap=True)
+        state = read_state(checkpoint / "model.pth", "cpu")
         load_weights(self.module, state, settings["lora_r"], settings["lora_alpha"])
         self.module.requires_grad_(False).eval()
         settle_cos_and_sin()
@@ -162,21 +173,46 @@ def check_videos(videos, prompts):
         raise ValueError(f"{len(prompts)} prompts need uint8 videos [B,F,3,H,W]: got {got}")
 
 
+def check_folder(folder, repo):
+    """-> (settings, the checkpoint-<N> folder of the highest N).
+    Raise unless all files fit together. No weight is loaded."""
+    read_template(repo)
+    settings, checkpoint = read_checkpoint(folder)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer")
+    module = build_module(folder, settings["output_dim"], tokenizer.convert_tokens_to_ids(CHAT_VIDEO), "meta")
+    known = module["model"].config.text_config.vocab_size
+    if len(tokenizer) > known:
+        rule = f"the tokenizer's ids must be among the {known:,} of the model"
+        raise ValueError(f"{rule}: {checkpoint} has {len(tokenizer):,}; take both from one download")
+    state = read_state(checkpoint / "model.pth", "meta")
+    targets = module.state_dict()
+    check_keys(*group_keys(state, targets), state, targets, settings["lora_r"])
+    return settings, checkpoint
+
+
 def read_template(repo):
     """The text put to the model. It must be byte-exact and is VideoAlign's own, so it is read from the user's clone.
     The file is parsed and not run."""
     path = Path(repo) / "prompt_template.py"
     name = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
+    clone = "git clone https://github.com/KwaiVGI/VideoAlign"
     if not path.is_file():
-        clone = "git clone https://github.com/KwaiVGI/VideoAlign"
         raise FileNotFoundError(f"no {path}: run `{clone}` and name that folder")
     template = ""
-    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
-            template = ast.literal_eval(statement.value)
-    lacking = [part for part in (*REWARD_TOKENS, "{text_prompt}") if template.count(part) != 1]
+    try:
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+                template = ast.literal_eval(statement.value)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets, nested deeply
+        raise ValueError(f"{path} must be Python with {name} as a plain string: {error}; run `{clone}` again") from None
+    lacking = [part for part in (*REWARD_TOKENS, "{text_prompt}") if str(template).count(part) != 1]
     if lacking:
         raise ValueError(f"{name} in {path} must contain each of {lacking} once, as KwaiVGI/VideoAlign's does")
+    try:
+        template.format(text_prompt="")
+    except (AttributeError, LookupError, ValueError) as error:
+        rule = f"{name} in {path} must have no field but {{text_prompt}}"
+        raise ValueError(f"{rule}: {error!r}; run `{clone}` again") from None
     return template
 
 
@@ -195,57 +231,120 @@ def read_checkpoint(folder):
 def newest_checkpoint(folder):
     """The checkpoint-<N> of the highest N among those with a model.pth. Without any: a path that does not exist."""
     by_step = {}
-    for weights in folder.glob("checkpoint-[0-9]*/model.pth"):
-        step = int(weights.parent.name.split("-")[1])
-        by_step[step] = weights.parent
+    for weights in folder.glob("checkpoint-*/model.pth"):
+        step = weights.parent.name.removeprefix("checkpoint-")
+        if step.isdecimal():
+            by_step[int(step)] = weights.parent
     if not by_step:
         return folder / "checkpoint-<N>"
     return by_step[max(by_step)]
 
 
+def read_json(path):
+    """The object of a JSON file, with an error that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON: {error}; download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object: got {content!r:.60}; download it again")
+    return content
+
+
 def read_settings(path):
     """All sections of model_config.json that a score depends on, in one dict."""
-    sections = json.loads(path.read_text(encoding="utf-8"))
+    sections = read_json(path)
     settings = {}
     for section in ("data_config", "model_config", "peft_lora_config", "inference_config"):
+        if not isinstance(sections.get(section), dict):
+            got = repr(sections.get(section))[:60]
+            raise ValueError(f"{path} must have an object {section}: got {got}; download it again")
         settings.update(sections[section])
     for key, values in IMPLEMENTED.items():
-        if settings.get(key) not in values:
-            raise ValueError(f"{key} must be one of {values}: {path} has {settings.get(key)!r}")
+        value = settings.get(key)
+        if value not in values or type(value) not in [type(known) for known in values]:
+            rule = f"{key} must be one of {values}"
+            raise ValueError(f"{rule}: {path} has {value!r}; only VideoAlign's release is supported")
+    for key, (section, low, high) in NUMBERS.items():
+        value = sections[section].get(key)
+        if type(value) not in (int, float) or not low <= value <= high:
+            rule = f"{key} must lie in [{low:g}, {high:g}]"
+            raise ValueError(f"{rule}: {path} has {value!r} in {section}; download it again")
+    if type(settings["lora_r"]) is not int:
+        raise ValueError(f"lora_r must be a whole number: {path} has {settings['lora_r']!r}; download it again")
     return settings
 
 
 def load_tokenizer(folder):
+    """Raise unless each token of the chat and of the rewards is one id.
+    In pieces, no score would be read at its place."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    lacking = {*REWARD_TOKENS, CHAT_VIDEO} - tokenizer.get_vocab().keys()
-    if lacking:
-        raise ValueError(f"{folder} must be VideoAlign's own tokenizer: it lacks {sorted(lacking)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        known = tokenizer.get_vocab()
+        lacking = [token for token in REWARD_TOKENS + CHAT_TOKENS if tokenizer(token).input_ids != [known.get(token)]]
+    except Exception as error:  # files from outside can break a library in any way
+        rule = f"{folder} must be a tokenizer that can be loaded"
+        raise ValueError(f"{rule}: {str(error)[:200]}; download it again") from error
+    if lacking or tokenizer.pad_token_id is None:
+        rule = f"{folder} must be VideoAlign's own tokenizer, with a pad token"
+        raise ValueError(f"{rule}: it lacks {lacking or 'that'}; download it again")
     return tokenizer
+
+
+def read_state(path, device):
+    """{key: tensor} of model.pth. On meta, only names and shapes are read. No code of the file is ever run."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # torch's own message would advise to allow code
+        rule = f"{path} must hold nothing but tensors, as torch.save writes them"
+        raise ValueError(f"{rule}: it is damaged or holds more ({type(error).__name__}); download it again") from error
+    values = list(state.values()) if isinstance(state, dict) else [None]
+    if not all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values):
+        raise ValueError(f"{path} must hold a dict of names and floating-point tensors: got another; download it again")
+    return state
+
+
+def check_clip(setting, model):
+    """Raise unless this is a CLIP model's folder, or can be a hub id."""
+    from hunyuan import check_hub_id
+
+    if not Path(model).is_dir():
+        check_hub_id(setting, model, CLIPScore.model_id)
+        return
+    path = Path(model) / "config.json"
+    kind = read_json(path).get("model_type")
+    if kind != "clip":
+        raise ValueError(f'{path} must have "model_type": "clip": got {kind!r}; name a CLIP model for --{setting}')
 
 
 def build_module(folder, output_dim, video_id, device):
     """{"model": Qwen2VLModel, "rm_head": Linear} in fp32, still undefined: drawing the weights would take minutes."""
     from transformers import Qwen2VLModel
 
-    config = read_model_config(folder, video_id)
-    with torch.device("meta"):
-        model = Qwen2VLModel(config)
-        head = torch.nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
+    path = folder / "config.json"
+    sizes = read_json(path) if path.is_file() else json.loads(QWEN2_VL_2B)
+    try:
+        config = read_model_config(sizes, video_id)
+        with torch.device("meta"):
+            model = Qwen2VLModel(config)
+            head = torch.nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
+    except Exception as error:  # a wrong size can break a library in any way
+        raise ValueError(f"{path} must describe a Qwen2-VL: {error!r}; remove it, or download it again") from error
     module = torch.nn.ModuleDict({"model": model, "rm_head": head}).to_empty(device=device)
     set_rotary_frequencies(module, device)
     check_buffers(module)
     return module
 
 
-def read_model_config(folder, video_id):
-    """The Qwen2VLConfig of the folder's config.json, else of the 2B model, with every part in fp32."""
+def read_model_config(sizes, video_id):
+    """The Qwen2VLConfig of these sizes, with every part in fp32."""
     from transformers import Qwen2VLConfig
 
-    path = folder / "config.json"
-    text = path.read_text(encoding="utf-8") if path.is_file() else QWEN2_VL_2B
-    config = Qwen2VLConfig(**json.loads(text))
+    if max(sizes["num_hidden_layers"], sizes["vision_config"]["depth"]) > 1000:
+        raise ValueError("no Qwen2-VL has more than 1,000 layers")  # to build them would take for ever
+    config = Qwen2VLConfig(**sizes)
     config.video_token_id = video_id
     # Each sub-model is built in the dtype of its own config, and a config.json with torch_dtype sets it to bf16.
     config.dtype = torch.float32
@@ -297,6 +396,8 @@ def load_weights(module, state, rank, alpha):
         target = targets[name]
         tensors = {kind: state[key].to(target.device, torch.float32) for kind, key in keys.items()}
         target.copy_(merge_lora(tensors, alpha / rank))
+        if not target.isfinite().all():
+            raise ValueError(f"the weights of model.pth must be finite: {name} is not; download it again")
 
 
 def parse_key(key):
@@ -322,7 +423,7 @@ def group_keys(state, targets):
 
 
 def check_keys(groups, unexpected, state, targets, rank):
-    """ValueError with all keys that are missing, unexpected, without their LoRA pair or of another shape."""
+    """ValueError with the first keys that are missing, unexpected, without their LoRA pair or of another shape."""
     unpaired = []
     misshaped = []
     for name, keys in groups.items():
@@ -340,9 +441,14 @@ def check_keys(groups, unexpected, state, targets, rank):
         "without a LoRA pair": unpaired,
         "of another shape": misshaped,
     }
-    listed = [f"{len(keys)} {problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys]
+    listed = []
+    for problem, keys in problems.items():
+        if keys:
+            more = ", …" if len(keys) > 3 else ""
+            listed.append(f"{len(keys)} {problem}: {', '.join(keys[:3])}{more}")
     if listed:
-        raise ValueError(f"the keys of model.pth must be exactly those of VideoAlign's model: {'; '.join(listed)}")
+        rule = "the keys of model.pth must be exactly those of VideoAlign's model, as in a whole download"
+        raise ValueError(f"{rule}: {'; '.join(listed)}")
 
 
 def expected_shape(kind, shape, rank):

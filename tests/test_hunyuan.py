@@ -298,11 +298,18 @@ def test_cached_prompts_load_no_encoder(folder, cache, make, monkeypatch):
 
 def test_cache_names_depend_on_model_weights_dtype_and_prompt(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    paths = [PromptEncoder(model, tmp_path, "cpu", torch.float32).path("dog") for model in (folder, copy, "org/a", "org/b")]
-    encoder = PromptEncoder(copy, tmp_path, "cpu", torch.float32)
-    paths += [encoder.path("dog "), PromptEncoder(copy, tmp_path, "cpu", torch.bfloat16).path("dog")]
+
+    def path(model, dtype=torch.float32, prompt="dog"):
+        return PromptEncoder(model, tmp_path, "cpu", dtype).path(prompt)
+
+    paths = [path(model) for model in (folder, copy, "org/a", "org/b")]
+    paths += [path(copy, prompt="dog "), path(copy, torch.bfloat16)]
     build_tiny_hunyuan(copy, seed=1)
-    paths.append(encoder.path("dog"))
+    paths.append(path(copy))
+    for file in ("tokenizer/chat_template.jinja", "tokenizer_2/tokenizer_config.json", "text_encoder/config.json"):
+        with open(copy / file, "a") as end:
+            end.write(" ")
+        paths.append(path(copy))
     assert len(set(paths)) == len(paths)
 
 
@@ -344,7 +351,7 @@ def test_bad_arguments_say_what_to_do(folder, cache, tmp_path, make):
     with pytest.raises(FileNotFoundError, match="no vae"):
         load(incomplete, SHAPE, cache)
     (incomplete / "vae").mkdir()
-    with pytest.raises(OSError, match="cannot load vae"):
+    with pytest.raises(FileNotFoundError, match="vae must hold config.json: it is missing"):
         load(incomplete, SHAPE, cache)
     with pytest.raises(ValueError, match="compute_dtype"):
         load(folder, SHAPE, cache, compute_dtype=torch.float16)

@@ -1,6 +1,8 @@
 """Prompt files: three formats, and every fault with its line number."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts
 
@@ -44,6 +46,24 @@ def test_formats_agree(tmp_path, name, content):
         ("a.jsonl", '{"prompt": "one"}\n{"prompt": \n', "a.jsonl:2: every line must be one JSON object"),
         ("a.jsonl", '{"text": "one"}\n', 'a.jsonl:1: every line must be an object with a string "prompt"'),
         ("a.json", "[]", "must end in .txt, .csv or .jsonl"),
+        ("a.txt", "one\na\0b\n", "a.txt:2: a prompt must not contain control characters"),
+        ("a.txt", "one\na\x1b[31mb\n", "a.txt:2: a prompt must not contain control characters"),
+        ("a.txt", b"one\n\xed\xa0\x80\n", "a.txt:2: the file must be UTF-8"),
+        ("a.csv", "prompt\na\x07b\n", "a.csv:2: a prompt must not contain control characters"),
+        ("a.jsonl", '{"prompt": "a \\ud800 b"}', "control characters or lone surrogates: got '\\ud800'"),
+        ("a.jsonl", '{"prompt": "a\\rb"}', "a.jsonl:1: a prompt must not contain control characters"),
+        ("a.txt", "one\n<|VQ_reward|>\n", "a.txt:2: a prompt must not contain a control token of the encoders"),
+        ("a.txt", "a <|im_end|> b", "got <|im_end|>; remove it"),
+        ("a.csv", 'prompt\n"a ""b"" <|video_pad|>"\n', "a.csv:2: a prompt must not contain a control token"),
+        ("a.txt", "x" * 20_000, "a.txt:1: a prompt must have at most 10,000 bytes"),
+        ("a.csv", "prompt\n" + "x" * 200_000, "a.csv:2: quotes must be closed"),
+        ("a.csv", "", "a.csv:1: the header must have a column `prompt`: got []"),
+        ("a.csv", "prompt\n", "a.csv: a prompt file must hold at least one prompt"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: every line must be one JSON object"),
+        ("a.jsonl", '{"prompt": ' + "9" * 5000 + "}", "a.jsonl:1: every line must be one JSON object"),
+        ("a.jsonl", '{"prompt": null}', 'a.jsonl:1: every line must be an object with a string "prompt"'),
+        ("a.jsonl", '["prompt"]', 'a.jsonl:1: every line must be an object with a string "prompt"'),
+        ("a.jsonl", '{"prompt": "one"}\n\n{"prompt": "two"}', "a.jsonl:2: every line must be one JSON object"),
     ],
 )
 def test_faults_are_named_with_their_line(tmp_path, name, content, message):
@@ -55,3 +75,22 @@ def test_faults_are_named_with_their_line(tmp_path, name, content, message):
 def test_a_missing_file_is_an_error():
     with pytest.raises(FileNotFoundError, match="the prompt file must exist: got nowhere.txt"):
         read_prompts("nowhere.txt")
+
+
+PIECES = [b"a cat", b"prompt", b"\n", b"\r\n", b",", b'"', b'{"prompt": "', b'"}', b"\xff", b"\xef\xbb\xbf", b"\0"]
+joined = st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=12).map(b"".join)
+contents = st.binary(max_size=60) | joined
+
+
+@given(contents, st.sampled_from([".txt", ".csv", ".jsonl"]))
+def test_any_bytes_are_prompts_or_one_error(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(content)
+    try:
+        prompts = read_prompts(path)
+    except ValueError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert prompts and len(set(prompts)) == len(prompts)
+        for prompt in prompts:
+            assert prompt == prompt.strip() != "" and prompt.encode().decode() == prompt

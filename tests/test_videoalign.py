@@ -199,7 +199,7 @@ def refused_keys(scorer, folder, lost=(), added=None):
     with pytest.raises(ValueError) as error:
         videoalign.load_weights(scorer.module, state, LORA_RANK, LORA_ALPHA)
     rule, _, fault = str(error.value).partition(": ")
-    assert rule == "the keys of model.pth must be exactly those of VideoAlign's model"
+    assert rule == "the keys of model.pth must be exactly those of VideoAlign's model, as in a whole download"
     return fault
 
 
@@ -245,6 +245,14 @@ def test_keys_without_their_lora_pair(folders, scorer, lost):
 def test_keys_of_another_shape(folders, scorer, key, shape, right_shape):
     fault = refused_keys(scorer, folders[1], added={key: shape})
     assert fault == f"1 of another shape: {key} {shape}, not {right_shape}"
+
+
+def test_weights_that_are_not_finite(folders):
+    state = torch.load(folders[1] / "checkpoint-1" / "model.pth", weights_only=True)
+    state[HEAD][0, 3] = math.nan
+    module = videoalign.build_module(folders[1], output_dim=1, video_id=5, device="cpu")
+    with pytest.raises(ValueError, match="the weights of model.pth must be finite: rm_head.weight is not"):
+        videoalign.load_weights(module, state, LORA_RANK, LORA_ALPHA)
 
 
 def test_a_buffer_that_would_stay_undefined(folders, monkeypatch):
