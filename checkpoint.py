@@ -7,7 +7,8 @@ works the same in one process without torch.distributed. A save that is killed l
 `tmp-`, which is never read and is removed by the next save; the checkpoint before it stays whole.
 
 What is saved: trainable weights, optimizer, anchor, and the counters in progress.json. There is no generator to save:
-`generator` makes each one from (seed, what it is for, iteration, sample), so the counters and the seed bring all of them back.
+`generator` makes each one from (seed, what it is for, iteration, sample), so the counters and the seed bring all of
+them back.
 """
 
 import hashlib
@@ -131,7 +132,8 @@ def load_weights(path, module):
 
 # ---------------------------------------------------------------------------------------------- randomness and stopping
 def generator(*key):
-    """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", iteration, sample).
+    """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", iteration,
+    sample).
 
     No generator lives from one iteration to the next, so the counters of a checkpoint restore them all, and a sample's
     noise does not depend on the number of ranks. On the CPU, so that it does not depend on the device either.
@@ -173,7 +175,9 @@ def open_run(resumed, runs, name, default, settings):
 
 def _new_run(runs, name, default):
     if not name:
-        numbers = [int(number) for path in runs.glob(f"{default}-*") if (number := path.name[len(default) + 1 :]).isdigit()]
+        numbers = [
+            int(number) for path in runs.glob(f"{default}-*") if (number := path.name[len(default) + 1 :]).isdigit()
+        ]
         name = f"{default}-{max(numbers, default=0) + 1}"
     if (runs / name).exists():
         raise SystemExit(f"{runs / name} exists; continue it with --resume {runs / name}, or choose another --name")
@@ -193,8 +197,8 @@ def read_settings(run, known):
     if "accumulation" in settings:
         raise ValueError(
             f"{path} was written by a version whose `accumulation` made several optimizer steps of one rollout; now "
-            "`optimizer_steps` counts them (default 1, as in the paper) and the anchor moves between iterations. Going on "
-            "would train by another algorithm: finish that run with the version that began it, or start anew"
+            "`optimizer_steps` counts them (default 1, as in the paper) and the anchor moves between iterations. "
+            "Going on would train by another algorithm: finish that run with the version that began it, or start anew"
         )
     unknown = sorted(settings.keys() - set(known))
     if unknown:
@@ -203,7 +207,8 @@ def read_settings(run, known):
 
 
 def read_log(run, iteration):
-    """metrics.jsonl up to an iteration: what a killed run logged beyond its checkpoint is cut off, since it happens again.
+    """metrics.jsonl up to an iteration: what a killed run logged beyond its checkpoint is cut off, since it happens
+    again.
 
     A new run's log has one line, for the evaluation before the first iteration.
     """
@@ -220,7 +225,8 @@ def read_log(run, iteration):
         kept.append(line)
     if not kept or kept[-1]["iteration"] != iteration:
         raise ValueError(
-            f"{path} must hold a line for each iteration up to the checkpoint's, {iteration}: got {len(kept)} whole lines"
+            f"{path} must hold a line for each iteration up to the checkpoint's, {iteration}: "
+            f"got {len(kept)} whole lines"
         )
     return kept
 

@@ -1,7 +1,9 @@
-"""The settings of a run, its presets, the command line, and the plan of a run: what it will do, in numbers, before it does.
+"""The settings of a run, its presets, the command line, and the plan of a run: what it will do, in numbers, before it
+does.
 
-Every setting is a field of Config with its line of --help and, in brackets, its source: [paper: …] is printed in the paper,
-[release: …] was read in the released code (post_train.py, hyvideo/utils/grpo_utils.py and run_post_train.sh of it).
+Every setting is a field of Config with its line of --help and, in brackets, its source: [paper: …] is printed in the
+paper, [release: …] was read in the released code (post_train.py, hyvideo/utils/grpo_utils.py and run_post_train.sh of
+it).
 """
 
 import argparse
@@ -39,7 +41,10 @@ ALGORITHM_BOUNDS = {
     "max_grad_norm": (1e-6, 1e9),
 }
 PLAN_BOUNDS = {"gpus": (1, 10**5), "gpu_memory_gb": (1, 10**4)}  # of a dry run
-USAGE = "train.py [--preset NAME] [--dry-run] [--option VALUE …]   or   train.py --resume RUN [--iterations N | --export DIR]"
+USAGE = (
+    "train.py [--preset NAME] [--dry-run] [--option VALUE …]   or   "
+    "train.py --resume RUN [--iterations N | --export DIR]"
+)
 
 
 @dataclass
@@ -53,17 +58,26 @@ class Config(GRPOConfig):
     noisy_last_step: bool = option(METHOD, True, "inject noise in the last step, too, and train it [release: on]")
 
     optimizer: str = option(
-        OPTIMIZATION, "adamw", "adamw, or muon for the blocks' matrices and adamw for the rest [release: muon]", ("adamw", "muon")
+        OPTIMIZATION,
+        "adamw",
+        "adamw, or muon for the blocks' matrices and adamw for the rest [release: muon]",
+        ("adamw", "muon"),
     )
     learning_rate: float = option(OPTIMIZATION, 1e-5, "learning rate, constant [paper: 1e-5]", bounds=(1e-10, 1))
     weight_decay: float = option(OPTIMIZATION, 0.0, "decoupled weight decay [release: 0.01]", bounds=(0, 1))
     compute_dtype: str = option(
-        OPTIMIZATION, "bfloat16", "of the transformer; masters are float32 [paper: bf16]", ("bfloat16", "float32"), video=True
+        OPTIMIZATION,
+        "bfloat16",
+        "of the transformer; masters are float32 [paper: bf16]",
+        ("bfloat16", "float32"),
+        video=True,
     )
     lora_rank: int = option(
         OPTIMIZATION, 0, "rank of the LoRA; 0 = full fine-tuning [paper: 0]", video=True, bounds=(0, 4096)
     )
-    anchor_offload: bool = option(OPTIMIZATION, False, "keep the moving anchor in host memory [release: on]", video=True)
+    anchor_offload: bool = option(
+        OPTIMIZATION, False, "keep the moving anchor in host memory [release: on]", video=True
+    )
 
     name: str = option(RUN, "", "run folder under --runs [default: the preset's name and a number]")
     runs: str = option(RUN, "runs", "folder that holds the runs")
@@ -75,7 +89,9 @@ class Config(GRPOConfig):
     checkpoint_every: int = option(RUN, 10, "iterations between checkpoints", bounds=(1, 10**7))
     keep_checkpoints: int = option(RUN, 2, "newest checkpoints that are kept", bounds=(1, 1000))
 
-    model: str = option(VIDEO, "", "the policy: toy, tiny, or a hub id or local folder of HunyuanVideo-1.5 in diffusers format")
+    model: str = option(
+        VIDEO, "", "the policy: toy, tiny, or a hub id or local folder of HunyuanVideo-1.5 in diffusers format"
+    )
     frames: int = option(
         VIDEO, 81, "frames of a video, 4k + 1, and 5 or more [paper: 81]", video=True, bounds=(5, 1025)
     )
@@ -87,7 +103,9 @@ class Config(GRPOConfig):
     guidance_scale: float = option(
         VIDEO, 6.0, "classifier-free guidance, in rollout and training [release: 6.0]", video=True, bounds=(0.1, 100)
     )
-    prompts: str = option(VIDEO, STARTER_TRAIN, "training prompts: .txt (one a line), .csv or .jsonl (prompt)", video=True)
+    prompts: str = option(
+        VIDEO, STARTER_TRAIN, "training prompts: .txt (one a line), .csv or .jsonl (prompt)", video=True
+    )
     prompt_cache: str = option(VIDEO, "", "folder of encoded prompts [default: prompt_cache under --runs]", video=True)
     videoalign: str = option(VIDEO, "", "checkpoint folder of VideoAlign (KwaiVGI/VideoReward)", video=True)
     videoalign_repo: str = option(VIDEO, "", "clone of the VideoAlign repository, for its prompt template", video=True)
@@ -195,7 +213,8 @@ class Config(GRPOConfig):
         stochastic = int(self.sde().stochastic.sum())
         if stochastic == 0:
             raise ValueError(
-                f"a rollout needs a stochastic step: got none of {self.num_steps}; raise num_steps or keep noisy_last_step"
+                f"a rollout needs a stochastic step: got none of {self.num_steps}; "
+                "raise num_steps or keep noisy_last_step"
             )
         return stochastic
 
@@ -270,7 +289,9 @@ PRESETS = {
 
 # ------------------------------------------------------------------------------------------------ command line
 def parse(arguments):
-    """(config, options) from the command line. Unknown options, and those that a resumed run cannot take, are refused."""
+    """(config, options) from the command line. Unknown options, and those that a resumed run cannot take, are
+    refused.
+    """
     parser = command_line()
     options = parser.parse_args(arguments)
     try:
@@ -283,16 +304,24 @@ def command_line():
     """The parser: what to do, then every field of Config, in groups."""
     parser = argparse.ArgumentParser(
         usage=USAGE,
-        description="Train a video flow model with SAGE-GRPO. Without options: the toy, on a laptop, in about two minutes.",
+        description="Train a video flow model with SAGE-GRPO. Without options: the toy, on a laptop.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from [default: toy]")
-    parser.add_argument("--resume", metavar="RUN", help="run folder to continue; takes --iterations or --export, nothing else")
-    parser.add_argument("--export", metavar="DIR", help="with --resume: write the newest checkpoint for diffusers, and stop")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="run folder to continue; takes --iterations or --export, nothing else"
+    )
+    parser.add_argument(
+        "--export", metavar="DIR", help="with --resume: write the newest checkpoint for diffusers, and stop"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, and stop")
-    parser.add_argument("--gpus", type=int, help="dry run: GPUs to plan for [default: this launch's; video models without one: 8]")
-    parser.add_argument("--gpu_memory_gb", type=float, help="dry run: memory of one GPU in GiB; refuses what cannot fit")
+    parser.add_argument(
+        "--gpus", type=int, help="dry run: GPUs to plan for [default: this launch's; video models without one: 8]"
+    )
+    parser.add_argument(
+        "--gpu_memory_gb", type=float, help="dry run: memory of one GPU in GiB; refuses what cannot fit"
+    )
     groups = {name: parser.add_argument_group(name) for name in (METHOD, OPTIMIZATION, RUN, VIDEO, EVALUATION)}
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
@@ -378,7 +407,9 @@ def preset_config(preset, given):
     if preset in (TOY, TINY) and "model" in given:
         foreign.append("model")
     if preset == TOY:
-        foreign += sorted(field.name for field in dataclasses.fields(Config) if field.metadata["video"] and field.name in given)
+        foreign += sorted(
+            field.name for field in dataclasses.fields(Config) if field.metadata["video"] and field.name in given
+        )
     if foreign:
         raise ValueError(f"the {preset} preset does not read {', '.join(foreign)}; use --preset paper, or leave it out")
     return Config(**PRESETS[preset] | given)
@@ -409,18 +440,23 @@ def arithmetic(config, ranks):
     guided = config.model != TOY and config.guidance_scale != 1
     passes = config.batch_size * (2 if guided else 1)
     doubled = ", doubled by guidance" if guided else ""
+    prompts = samples // config.group_size
+    sizes = f"{config.batch_size} / {config.micro_batch} × {trained}"
+    in_all = config.optimizer_steps * config.iterations
     lines = [
-        f"samples per iteration    {samples} = {samples // config.group_size} prompts × {config.group_size}, on {ranks} rank(s)",
+        f"samples per iteration    {samples} = {prompts} prompts × {config.group_size}, on {ranks} rank(s)",
         f"trained steps            {trained} of {config.num_steps}",
-        f"micro-batches            {micro_batches} = {config.batch_size} / {config.micro_batch} × {trained} per iteration and rank",
+        f"micro-batches            {micro_batches} = {sizes} per iteration and rank",
         f"optimizer steps          {config.optimizer_steps} per iteration, of {per_step} micro-batches each;"
-        f" {config.optimizer_steps * config.iterations} in all, {config.optimizer}",
+        f" {in_all} in all, {config.optimizer}",
         f"passes per rank          rollout {passes} × {config.num_steps}, update {passes} × {trained} with gradient;"
         f" counted per sample{doubled}",
     ]
     w_pos, _ = kl_weights(config.kl_mode)
     if w_pos:
-        lines.append("reference passes         one more without gradient each, unless the anchor is the rollout's policy")
+        lines.append(
+            "reference passes         one more without gradient each, unless the anchor is the rollout's policy"
+        )
     if config.kl_mode in ("moving", "dual"):
         often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one
         lines.append(f"anchor refresh           every {config.anchor_every} optimizer steps = {often} iteration(s)")
@@ -444,9 +480,13 @@ def print_memory(config, ranks, gpu_memory_gb):
         parts["anchor"] = 0.0
     parts["videoalign"] = 4 * 2.2e9 / 2**30  # Qwen2-VL-2B in float32
     total, parameters = sum(parts.values()), hunyuan.meta_transformer().num_parameters()
-    print(f"tokens per video         {tokens:,} in training, {eval_tokens:,} in evaluation (latent frames × height/16 × width/16)")
+    print(f"tokens per video         {tokens:,} in training, {eval_tokens:,} in evaluation")
     print(f"parameters               {parameters:,}")
-    print("memory per GPU (GiB)     " + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()) + f" = {total:.1f}")
+    print(
+        "memory per GPU (GiB)     "
+        + " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
+        + f" = {total:.1f}"
+    )
     if gpu_memory_gb and total > gpu_memory_gb:
         raise SystemExit(
             f"the estimate must fit the GPU: got {total:.1f} GiB for {gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "

@@ -11,11 +11,12 @@ Words:
     step            one of the T sampling steps of a rollout
     micro-batch     one forward and backward pass
 
-**What one optimizer step per iteration implies.** During all backward passes θ still is the policy that made the rollout.
-So the ratio is 1 at every one of them and the clip of Eq. 4 never acts; the closed form of the step-wise KL (Eq. 12) has
-the gradient 0; its rollout-phase estimate (Eq. 15) has the gradient −∇ log π_θ of the rollout's own noise, whose
-expectation is 0. Of the dual trust region (Eq. 14) only the position term pulls: dual is moving KL plus noise of mean 0.
-The clip and the velocity term act from two optimizer steps per iteration on. tests/test_grpo.py shows each of these.
+**What one optimizer step per iteration implies.** During all backward passes θ still is the policy that made the
+rollout. So the ratio is 1 at every one of them and the clip of Eq. 4 never acts; the closed form of the step-wise KL
+(Eq. 12) has the gradient 0; its rollout-phase estimate (Eq. 15) has the gradient −∇ log π_θ of the rollout's own noise,
+whose expectation is 0. Of the dual trust region (Eq. 14) only the position term pulls: dual is moving KL plus noise of
+mean 0. The clip and the velocity term act from two optimizer steps per iteration on. tests/test_grpo.py shows each of
+these.
 
 A policy is any object with
     module            the nn.Module that is trained
@@ -24,12 +25,14 @@ A policy is any object with
     velocity(x [B, …], sigma [B], cond list of B) -> v [B, …]; gradients flow; guidance is inside
     decode(x [B, …])  -> uint8 video [B, F, C, H, W]
     passes            how many forward passes of the network velocity has made so far
-A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed sample: see rewards.py. It may keep the causes
-of failures in a list `failures`.
+A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed sample: see rewards.py. It may keep the
+causes of failures in a list `failures`. `score` is the one place that calls it.
 """
 
 import math
+import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -37,7 +40,7 @@ import torch
 import torch.distributed as dist
 
 from equalizer import equalizer_scales
-from rewards import REWARD_SETTINGS, composite_reward, group_advantages
+from rewards import REWARD_SETTINGS, broken_rule, composite_reward, group_advantages
 from sde import SDE, Trajectory, log_prob, randn, rollout
 from trust_region import (
     KL_MODES,
@@ -68,22 +71,33 @@ class GRPOConfig:
     """What the algorithm itself reads. Defaults are the paper's; the presets of config.py override them."""
 
     group_size: int = option(METHOD, 4, "G, samples per prompt [paper: 4]")
-    batch_size: int = option(METHOD, 8, "samples per rank and iteration; a group may span ranks [paper: 2 × 4; release: 2]")
+    batch_size: int = option(
+        METHOD, 8, "samples per rank and iteration; a group may span ranks [paper: 2 × 4; release: 2]"
+    )
     reward_setting: str = option(METHOD, "B", "weights of Eq. 10 [paper: A and B]", sorted(REWARD_SETTINGS))
-    clip_range: float = option(METHOD, 1e-4, "c of clip(ρ, 1 ± c), for a log-prob that is a mean over D [release: 1e-4]")
+    clip_range: float = option(
+        METHOD, 1e-4, "c of clip(ρ, 1 ± c), for a log-prob that is a mean over D [release: 1e-4]"
+    )
     max_advantage: float = option(METHOD, 5.0, "clamp on |A| [release: 5]")
     equalizer: bool = option(METHOD, True, "multiply the policy term of step t by S_t, Eq. 9 [paper: on]")
     kl_mode: str = option(METHOD, "dual", "trust region, Eq. 11–14 [paper: dual]", KL_MODES)
     stepwise_kl: str = option(
-        METHOD, "rollout_phase", "form of the step-wise KL: Eq. 15, or Eq. 12 in closed form [paper: rollout_phase]", STEPWISE_KL
+        METHOD,
+        "rollout_phase",
+        "form of the step-wise KL: Eq. 15, or Eq. 12 in closed form [paper: rollout_phase]",
+        STEPWISE_KL,
     )
     beta_pos: float = option(METHOD, 1.0, "β_pos of Eq. 14 [paper: 1.0]")
     beta_vel: float = option(METHOD, 0.1, "β_vel of Eq. 14 [paper: 0.1]")
     kl_schedule: str = option(METHOD, "two_stage", "schedule of λ_KL, Fig. 7 [paper: two_stage]", KL_SCHEDULES)
     kl_lambda: float = option(METHOD, 1e-5, "λ_KL, final value [paper: 1e-5]")
     kl_lambda_early: float = option(METHOD, 1e-7, "λ_KL at the start of two_stage, milder and ramp [paper: 1e-7]")
-    kl_switch: int = option(METHOD, 50, "iteration of the second stage, or length of the ramp [not printed in the paper]")
-    anchor_every: int = option(METHOD, 10, "N, optimizer steps between refreshes of the moving anchor, Eq. 13 [paper: 10]")
+    kl_switch: int = option(
+        METHOD, 50, "iteration of the second stage, or length of the ramp [not printed in the paper]"
+    )
+    anchor_every: int = option(
+        METHOD, 10, "N, optimizer steps between refreshes of the moving anchor, Eq. 13 [paper: 10]"
+    )
     optimizer_steps: int = option(OPTIMIZATION, 1, "optimizer steps per iteration [paper and release: 1]")
     micro_batch: int = option(OPTIMIZATION, 1, "samples per forward and backward pass, per rank [paper: 2]")
     max_grad_norm: float = option(OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]")
@@ -115,6 +129,10 @@ class OneRank:
         """The values of all ranks, concatenated in their order: on one process the tensor itself."""
         return tensor
 
+    def exchange(self, value):
+        """A list of the values of all ranks; a value is any small object."""
+        return [value]
+
 
 class AllRanks:
     """`ranks` of a run under torch.distributed."""
@@ -127,6 +145,12 @@ class AllRanks:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
+
+    def exchange(self, value):
+        """A list of the values of all ranks; a value is any small object. It goes over the CPU."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
 
 @dataclass
@@ -144,17 +168,70 @@ class Batch:
 
 # ---------------------------------------------------------------------------------------------- collect, evaluate
 def sample(policy, prompts, latent_shape, sde, generators, callback=None):
-    """(conditions, Trajectory) of one sample for each prompt. Stops at NaN, which would be decoded to black and be scored."""
+    """(conditions, Trajectory) of one sample for each prompt. Stops at NaN, which would be decoded to black and be
+    scored.
+    """
     conditions = policy.encode(prompts)
     device = next(policy.module.parameters()).device
     noise = randn((len(prompts), *latent_shape), generators).to(device)
     trajectory = rollout(partial(policy.velocity, cond=conditions), noise, sde, generators, callback)
     if not trajectory.states[:, -1].isfinite().all():
         raise FloatingPointError(
-            "samples must be finite: got NaN or infinity, the policy has diverged. Lower the learning rate, and look at the "
-            "gradient norm and ratio of the last lines of metrics.jsonl"
+            "samples must be finite: got NaN or infinity, the policy has diverged. Lower the learning rate, and look "
+            "at the gradient norm and ratio of the last lines of metrics.jsonl"
         )
     return conditions, trajectory
+
+
+def score(reward, videos, prompts, ranks, device):
+    """Call the reward and check what it returns, before a score crosses ranks.
+
+    Returns ({name: float64 [B]}, first cause of a failed sample of each rank). The names have the first rank's order.
+    If the reward of one rank fails or breaks the contract of rewards.py, all ranks raise, and with the same cause.
+    """
+    own, problem = call_reward(reward, videos, prompts, ranks, device)
+    reports = ranks.exchange((problem, list(own), first_failure(reward, own)))
+    _, names, _ = reports[0]
+    causes = []
+    for rank, (problem, others, first) in enumerate(reports):
+        if problem:
+            raise RuntimeError(f"a reward must keep its contract (rewards.py): rank {rank}, {problem}")
+        if set(others) != set(names):
+            raise RuntimeError(
+                f"a reward must return the same names on every rank: got {names} on rank 0 and {others} on rank {rank};"
+                " return NaN for a score that cannot be computed"
+            )
+        if first:
+            causes.append(f"rank {rank}, {first}")
+    return {name: own[name] for name in names}, causes
+
+
+def first_failure(reward, scores):
+    """Why a sample of this rank has no score; "" if all have one."""
+    for cause in getattr(reward, "failures", []):
+        return str(cause)
+    for name, values in scores.items():
+        for place in values.isnan().nonzero().flatten().tolist():
+            return f"sample {place}: {name} is NaN, and the reward keeps no list of failures"
+    return ""
+
+
+def call_reward(reward, videos, prompts, ranks, device):
+    """({name: float64 [B]}, "") of this rank, or ({}, what is wrong)."""
+    given = list(prompts)  # a copy: the update needs the prompts as they are
+    try:
+        scores = reward(videos, given)
+        problem = broken_rule(scores, len(prompts))
+        if given != list(prompts):
+            problem = "it changed the list of prompts: let it work on a copy"
+        if problem:
+            return {}, problem
+        return {name: values.detach().double().to(device) for name, values in scores.items()}, ""
+    except Exception as error:  # whatever the user's code raises: all ranks must hear of it
+        cause = f"it raised {type(error).__name__}: {error}"
+        print(f"\nrank {ranks.rank}: the reward must score videos: {cause}", file=sys.stderr)
+        traceback.print_exc()
+        return {}, cause
 
 
 def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=None):
@@ -165,18 +242,19 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     """
     started, passes = time.perf_counter(), policy.passes
     conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, callback)
-    own_scores = reward(policy.decode(trajectory.states[:, -1]), prompts)
-    device = trajectory.states.device
-    scores = {name: ranks.gather(values.double().to(device)) for name, values in own_scores.items()}  # [ranks·B]
+    videos = policy.decode(trajectory.states[:, -1])
+    own_scores, causes = score(reward, videos, prompts, ranks, trajectory.states.device)
+    scores = {name: ranks.gather(values) for name, values in own_scores.items()}  # [ranks·B]
     rewards = composite_reward(scores, config.reward_setting)
     advantages, valid, group_std = group_advantages(rewards, config.group_size, max_advantage=config.max_advantage)
     failed = 1 - valid.double().mean().item()
     if failed > config.max_failed_rewards:
-        cause = next(iter(getattr(reward, "failures", [])), "not on this rank, or not reported by the reward")
         raise RuntimeError(
-            f"at most a share of {config.max_failed_rewards} of the samples may fail to be scored (max_failed_rewards): "
-            f"got {failed:.3f}; first cause: {cause}"
+            f"at most a share of {config.max_failed_rewards} of the samples may fail to be scored "
+            f"(max_failed_rewards): got {failed:.3f}; first cause: {causes[0]}"
         )
+    if ranks.rank == 0 and not advantages.any():
+        print("\nthis iteration teaches nothing: in no group do two samples have different rewards", file=sys.stderr)
 
     metrics = {"reward_failed": failed, "group_std": group_std.mean().item()}
     for name, values in {"reward": rewards, **scores}.items():
@@ -189,34 +267,37 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     return Batch(sde, conditions, trajectory, advantages[own], valid[own], steps_made, metrics)
 
 
-def evaluate(policy, reward, prompts, latent_shape, sde, generators, config, ranks=OneRank(), keep=lambda place, video: video):
+def evaluate(
+    policy, reward, prompts, latent_shape, sde, generators, config, ranks=OneRank(), keep=lambda place, video: video
+):
     """Score one sample for each prompt; with an SDE of eta = 0 this is deterministic ODE sampling.
 
-    latent_shape: of one sample; it may differ from the training samples'. keep(place, video) sees every video on the rank
-    that made it and returns what to hand on (the place is the prompt's number).
+    latent_shape: of one sample; it may differ from the training samples'. keep(place, video) sees every video on the
+    rank that made it and returns what to hand on (the place is the prompt's number).
 
-    Returns ({eval_<name>: mean over the samples that were scored, eval_failed: share of the others}, what was kept, of all
-    prompts in order).
+    Returns ({eval_<name>: mean over the samples that were scored, eval_failed: share of the others}, what was kept, of
+    all prompts in order).
     """
     # Each rank takes one block of the prompts. The last blocks wrap around, so that all ranks make as many passes.
     share = math.ceil(len(prompts) / ranks.world)
     first = ranks.rank * share
     places = [place % len(prompts) for place in range(first, first + share)]
     parts, kept = [], []
+    device = next(policy.module.parameters()).device
     for start in range(0, share, config.batch_size):
         chosen = places[start : start + config.batch_size]
         texts = [prompts[place] for place in chosen]
         noise = [generators[place] for place in chosen]
         _, trajectory = sample(policy, texts, latent_shape, sde, noise)
         videos = policy.decode(trajectory.states[:, -1])
-        parts.append(reward(videos, texts))
+        part, _ = score(reward, videos, texts, ranks, device)
+        parts.append(part)
         for place, video in zip(chosen, videos, strict=True):
             kept.append(keep(place, video))
 
-    device = next(policy.module.parameters()).device
     scores = {}
     for name in parts[0]:
-        own = torch.cat([part[name] for part in parts]).double().to(device)
+        own = torch.cat([part[name] for part in parts])
         scores[name] = ranks.gather(own)[: len(prompts)]
     rewards = composite_reward(scores, config.reward_setting)
     metrics = {"eval_reward": rewards.nanmean().item()}
@@ -236,7 +317,8 @@ def clipped_policy_loss(ratio, advantages, clip_range):
 
 
 def micro_batches(batch, config, generators):
-    """(rows [b], steps [b]) of each micro-batch: every sample visits every stochastic step once, in an order of its own.
+    """(rows [b], steps [b]) of each micro-batch: every sample visits every stochastic step once, in an order of its
+    own.
 
     generators: one per sample, so that the order does not depend on the rank or batch that a sample lands in.
     """
@@ -247,7 +329,9 @@ def micro_batches(batch, config, generators):
 
 
 def micro_batches_per_step(num_samples, num_trained_steps, config):
-    """Micro-batches that each optimizer step of an iteration takes on each rank, with the divisibility rules behind it."""
+    """Micro-batches that each optimizer step of an iteration takes on each rank, with the divisibility rules behind
+    it.
+    """
     if num_samples % config.micro_batch:
         raise ValueError(
             f"micro_batch must divide the samples per rank: got {config.micro_batch} and {num_samples}; "
@@ -256,8 +340,8 @@ def micro_batches_per_step(num_samples, num_trained_steps, config):
     passes = num_samples // config.micro_batch * num_trained_steps
     if passes % config.optimizer_steps:
         raise ValueError(
-            f"optimizer_steps must divide the micro-batches of an iteration, samples / micro_batch × trained steps: got "
-            f"{config.optimizer_steps} and {num_samples} / {config.micro_batch} × {num_trained_steps} = {passes}; "
+            f"optimizer_steps must divide the micro-batches of an iteration, samples / micro_batch × trained steps: "
+            f"got {config.optimizer_steps} and {num_samples} / {config.micro_batch} × {num_trained_steps} = {passes}; "
             f"use a divisor of {passes}"
         )
     return passes // config.optimizer_steps
@@ -266,14 +350,16 @@ def micro_batches_per_step(num_samples, num_trained_steps, config):
 def update(policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank()):
     """One pass over a batch of rollouts. Returns (metrics, optimizer steps made so far).
 
-    Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. All trained
-    steps of all samples go into config.optimizer_steps optimizer steps, evenly. Both terms are means over the steps, so a
-    λ_KL for a literal Σ_t would be T times ours.
+    Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. All
+    trained steps of all samples go into config.optimizer_steps optimizer steps, evenly. Both terms are means over the
+    steps, so a λ_KL for a literal Σ_t would be T times ours.
     anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
     """
     started, passes = time.perf_counter(), policy.passes
     per_step = micro_batches_per_step(len(batch.valid), int(batch.sde.stochastic.sum()), config)
-    lambda_kl = kl_coefficient(config.kl_schedule, iteration, config.kl_lambda, config.kl_lambda_early, config.kl_switch)
+    lambda_kl = kl_coefficient(
+        config.kl_schedule, iteration, config.kl_lambda, config.kl_lambda_early, config.kl_switch
+    )
     scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
     means_ref = reference_means(policy, batch, config, anchor)
@@ -301,9 +387,9 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
 def reference_means(policy, batch, config, anchor):
     """Mean of each stochastic step under the anchor, [B, T, …]; None without an anchor.
 
-    They are computed once per iteration, as in the released code: the anchor is swapped in and out once, and it stays the
-    same reference for all optimizer steps of the iteration. While the anchor is the policy that made the rollout, they are
-    the rollout's own means, which are stored: no pass is made.
+    They are computed once per iteration, as in the released code: the anchor is swapped in and out once, and it stays
+    the same reference for all optimizer steps of the iteration. While the anchor is the policy that made the rollout,
+    they are the rollout's own means, which are stored: no pass is made.
     """
     if anchor is None:
         return None
@@ -322,7 +408,9 @@ def reference_means(policy, batch, config, anchor):
 
 
 def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lambda_kl):
-    """The full objective on the samples `rows`, each at its own step of `steps`. Returns (loss, {name: detached [b]})."""
+    """The full objective on the samples `rows`, each at its own step of `steps`. Returns (loss, {name: detached
+    [b]}).
+    """
     x, x_next = batch.trajectory.states[rows, steps], batch.trajectory.states[rows, steps + 1]  # [b, …]
     mean_old = batch.trajectory.means[rows, steps]
     log_prob_old = batch.trajectory.log_probs[rows, steps]  # [b]
@@ -367,9 +455,9 @@ def optimizer_step(optimizers, parameters, max_grad_norm, loss):
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards under FSDP2
     if not (norm.isfinite() and loss.isfinite()):
         raise FloatingPointError(
-            f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. The weights were not touched; the "
-            "last checkpoint is good. Lower the learning rate, or look at the reward and ratio of the last lines of "
-            "metrics.jsonl"
+            f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. The weights were not "
+            "touched; the last checkpoint is good. Lower the learning rate, or look at the reward and ratio of the "
+            "last lines of metrics.jsonl"
         )
     for optimizer in optimizers:
         optimizer.step()

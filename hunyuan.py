@@ -607,9 +607,7 @@ def shard(transformer, mesh, compute_dtype=torch.float32):
     policy = MixedPrecisionPolicy()
     if compute_dtype == torch.bfloat16:
         # cast_forward_inputs would round the timestep and the rotary table to bf16: error 0.025 instead of 0.0066.
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     refiner_blocks = transformer.context_embedder.token_refiner.refiner_blocks
     for block in (*transformer.transformer_blocks, *refiner_blocks):
         fully_shard(block, mesh=mesh, mp_policy=policy)

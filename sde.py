@@ -109,9 +109,9 @@ def step_variances(sde_type, eta, sigmas):
 
     - sigma = 1. SAGE: Eq. 5 diverges, so both ends of the integral are clamped to SIGMA_MAX. The released code clamps
       only the 1 − sigma inside the logarithm; it agrees with this to η²·0.003 until the schedule's second sigma passes
-      0.997 (from T = 68 on at shift 5), where its first variance is negative and Σ is NaN. Ours is then 0: a step wholly
-      above SIGMA_MAX is a step of the ODE. Flow-GRPO: its code puts the schedule's second sigma into 1 − sigma on the
-      step that starts at 1, and only there.
+      0.997 (from T = 68 on at shift 5), where its first variance is negative and Σ is NaN. Ours is then 0: a step
+      wholly above SIGMA_MAX is a step of the ODE. Flow-GRPO: on the step that starts at sigma = 1, and only there, its
+      code uses 1 − sigmas[1] in place of 1 − sigma = 0.
     - sigma' = 0. CPS and exact have no noise left there: variance 0.
     - A variance of 0, or one that rounding makes negative, means a deterministic step: it has no log-probability, so no
       policy gradient.
@@ -212,8 +212,8 @@ class SDE:
             self.variance[-1] = 0
         self.std = self.variance.sqrt()  # Eq. 6
         self.stochastic = self.variance > 0
-        # A mean rule must be linear in (x, v). Its coefficients are then its values at (1, 0) and (0, 1), for all T steps at
-        # once.
+        # A mean rule must be linear in (x, v). Its coefficients are then its values at (1, 0) and (0, 1), here for
+        # all T steps at once.
         mean_rule = coefficients_keeping_mean if sde_type in ("cps", "exact") else mean_of_eq_7
         one, zero = torch.ones_like(self.std), torch.zeros_like(self.std)
         self.a = mean_rule(one, zero, sigmas[:-1], sigmas[1:], self.variance)
@@ -247,9 +247,9 @@ def log_prob(x_next, mean, std):
     Why the mean, and why the paper's clip range is 1e-4 and not 0.2: let an update move the mean by δ standard
     deviations in every element. The log ratio of the summed log-probability would be near −D·δ²/2, and the ratio would
     leave any interval at video sizes. The log ratio of the mean is −δ²/2 + δ·ξ̄ with ξ̄ ~ N(0, 1/D). Its spread over
-    samples falls like 1/√D, but its shift −δ²/2 does not depend on D. So one clip range does NOT serve every resolution.
-    At D = 3·10³ a clip range of 1e-4 sees the spread. At D = 10⁶ the ratio is nearly deterministic and below 1: from
-    δ ≈ 0.014 on only 1 − c is ever passed, that is, only samples with A < 0 are clipped.
+    samples falls like 1/√D, but its shift −δ²/2 does not depend on D. So one clip range does NOT serve every
+    resolution. At D = 3·10³ a clip range of 1e-4 sees the spread. At D = 10⁶ the ratio is nearly deterministic and
+    below 1: from δ ≈ 0.014 on only 1 − c is ever passed, that is, only samples with A < 0 are clipped.
 
     The released code takes the mean as well, without a word. CPS' authors drop constants and Σ altogether, which would
     give each sampler a learning rate of its own; here all samplers share this function. A step with std = 0 has no

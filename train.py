@@ -8,8 +8,8 @@
     python train.py --resume runs/toy-1    go on where a run stopped, bit for bit on a CPU
     add --dry-run                          print settings and plan, start nothing
 
-The loop is `train`. What it calls: collect, update and evaluate in grpo.py, the settings in config.py, the run folder in
-checkpoint.py, a policy and a reward from toy/ or from hunyuan.py and videoalign.py.
+The loop is `train`. What it calls: collect, update and evaluate in grpo.py, the settings in config.py, the run folder
+in checkpoint.py, a policy and a reward from toy/ or from hunyuan.py and videoalign.py.
 """
 
 import json
@@ -67,8 +67,9 @@ def setup_ranks(config):
 def settle_vector_math():
     """Call the functions that PyTorch takes from oneMKL on one number each, before two threads can meet in one of them.
 
-    On the CPU, oneMKL chooses a kernel at a function's first call. When two threads make that call together, one of them may
-    run a kernel with errors of 1.5e-4 (seen with torch 2.13), and two identical runs differ from the first batch on.
+    On the CPU, oneMKL chooses a kernel at a function's first call. When two threads make that call together, one of
+    them may run a kernel with errors of 1.5e-4 (seen with torch 2.13), and two identical runs differ from the first
+    batch on.
     """
     number = torch.ones(1)
     for function in (torch.exp, torch.expm1, torch.log, torch.sqrt, torch.sin, torch.cos, torch.tanh, torch.erf):
@@ -94,7 +95,9 @@ def draw_prompts(prompts, count, seed, iteration):
 
 
 def own_prompts(prompts, config, iteration, ranks):
-    """The prompt of each of this rank's samples: every drawn prompt stands G times in a row among all ranks' samples."""
+    """The prompt of each of this rank's samples: every drawn prompt stands G times in a row among all ranks'
+    samples.
+    """
     drawn = draw_prompts(prompts, config.batch_size * ranks.world // config.group_size, config.seed, iteration)
     first = ranks.rank * config.batch_size
     return [drawn[place // config.group_size] for place in range(first, first + config.batch_size)]
@@ -141,7 +144,9 @@ def build(config, run, ranks, device, mesh):
 
 
 def build_tiny(folder, ranks, device):
-    """Write the tiny model and reward model into the run folder, by the first rank. Returns the reward model's folders."""
+    """Write the tiny model and reward model into the run folder, by the first rank. Returns the reward model's
+    folders.
+    """
     from tiny.hunyuan import build_tiny_hunyuan
     from tiny.videoalign import build_tiny_template, build_tiny_videoalign
 
@@ -170,8 +175,9 @@ def make_optimizers(module, config):
     Muon's steps are scaled to the size of AdamW's, as in the released code, so one learning rate serves both.
 
     Its Newton–Schulz iteration runs in bf16 and lifts all directions of a gradient to one size, also those that hold
-    nothing but rounding noise. Where a gradient has low rank (the blocks' modulation, with few passes in a batch), the update
-    therefore differs between machines and numbers of ranks; where it has full rank, it agrees (tests/test_train.py).
+    nothing but rounding noise. Where a gradient has low rank (the blocks' modulation, with few passes in a batch), the
+    update therefore differs between machines and numbers of ranks; where it has full rank, it agrees
+    (tests/test_train.py).
     """
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     matrices, others = [], []

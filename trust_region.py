@@ -61,7 +61,7 @@ def kl_coefficient(schedule, iteration, final, early, switch):
     """λ_KL at an iteration (counted from 0), Fig. 7. Paper: final 1e-5, early 1e-7; when to switch is not printed.
 
     fixed      final throughout
-    two_stage  early until iteration `switch`, then final: first room to explore, then a tighter region. The paper's best
+    two_stage  early until iteration `switch`, then final: first room to explore, then a tighter region. Paper's best
     milder     early until `switch`, then the geometric mean of early and final (the paper's value is not printed; ours)
     ramp       linear, from early at iteration 0 to final at `switch`: what is known of the released code's controller
     """

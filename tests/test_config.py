@@ -62,11 +62,12 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
 def test_the_paper_preset_holds_the_papers_settings():
     config, _ = parse(["--preset", "paper", "--dry-run"])
     expected = dict(
-        frames=81, height=352, width=624, eval_height=480, eval_width=864, eval_steps=40, num_steps=20, shift=5.0, fps=24,
-        guidance_scale=6.0, eta=0.5, group_size=4, batch_size=8, micro_batch=1, optimizer_steps=1, optimizer="adamw",
+        frames=81, height=352, width=624, eval_height=480, eval_width=864, eval_steps=40, num_steps=20, shift=5.0,
+        fps=24, guidance_scale=6.0, eta=0.5, group_size=4, batch_size=8, micro_batch=1, optimizer_steps=1,
+        optimizer="adamw",
         learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0, compute_dtype="bfloat16", clip_range=1e-4,
-        max_advantage=5.0, noisy_last_step=True, kl_mode="dual", stepwise_kl="rollout_phase", anchor_every=10, beta_pos=1.0,
-        beta_vel=0.1, kl_lambda=1e-5, kl_lambda_early=1e-7, kl_schedule="two_stage", reward_setting="B",
+        max_advantage=5.0, noisy_last_step=True, kl_mode="dual", stepwise_kl="rollout_phase", anchor_every=10,
+        beta_pos=1.0, beta_vel=0.1, kl_lambda=1e-5, kl_lambda_early=1e-7, kl_schedule="two_stage", reward_setting="B",
         sde_type="sage_grpo", equalizer=True, lora_rank=0,
     )  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
@@ -78,7 +79,12 @@ def test_the_release_preset_differs_where_the_released_script_does():
     release, _ = parse(["--preset", "release", "--dry-run"])
     different = {name for name in vars(paper) if getattr(paper, name) != getattr(release, name)}
     assert different == {"batch_size", "optimizer", "weight_decay", "kl_schedule", "kl_switch", "anchor_offload"}
-    assert (release.batch_size, release.optimizer, release.weight_decay, release.kl_schedule) == (2, "muon", 0.01, "ramp")
+    assert (release.batch_size, release.optimizer, release.weight_decay, release.kl_schedule) == (
+        2,
+        "muon",
+        0.01,
+        "ramp",
+    )
 
 
 def test_every_preset_can_run():
@@ -108,10 +114,16 @@ def test_every_preset_can_run():
         (["--max_failed_rewards", "1"], "max_failed_rewards is a share in [0, 1)"),
         (["--resume", "nowhere"], "--resume must name a run folder with a config.json: got nowhere"),
         (["--preset", "toy", "--gpus", "2", "--dry-run"], "the toy runs on one process"),
-        (["--export", "somewhere"], "--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo"),
+        (
+            ["--export", "somewhere"],
+            "--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo",
+        ),
         (["--model", "weights/hunyuan"], "the toy preset does not read model; use --preset paper"),
         (["--lora_rank", "4", "--height", "64"], "the toy preset does not read height, lora_rank"),
-        (["--preset", "paper", "--dry-run", "--gpus", "3", "--batch_size", "2"], "group_size must divide batch_size × ranks"),
+        (
+            ["--preset", "paper", "--dry-run", "--gpus", "3", "--batch_size", "2"],
+            "group_size must divide batch_size × ranks",
+        ),
         (["--preset", "paper", "--dry-run", "--frames", "80"], "frames must be 4k + 1"),
         (["--preset", "paper", "--dry-run", "--eval_width", "850"], "height and width must be multiples of 16"),
         (["--preset", "paper", "--dry-run", "--lora_rank", "-1"], "lora_rank must lie in [0, 4096]: got -1"),
@@ -131,7 +143,10 @@ def test_missing_files_of_the_full_run_are_named_before_a_run_folder_is_made(tmp
         (["--model", str(tmp_path / "empty")], "must hold transformer, vae"),
         (["--model", "nowhere"], "must be an existing folder or a hub id"),
         (["--videoalign", "nowhere"], "--videoalign must be the folder of VideoAlign's checkpoint: got 'nowhere'"),
-        (["--videoalign", str(tmp_path)], "--videoalign_repo must be the folder of VideoAlign's clone of its code: got ''"),
+        (
+            ["--videoalign", str(tmp_path)],
+            "--videoalign_repo must be the folder of VideoAlign's clone of its code: got ''",
+        ),
     ):
         with pytest.raises(SystemExit):
             train.main([*common, *extra])
@@ -147,7 +162,9 @@ def test_help_explains_every_setting_in_groups(capsys):
     titles = [line[:-1] for line in printed.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles[-5:] == ["method", "optimization", "run", "video model", "evaluation"]
     shown = " ".join(printed.split())
-    assert "η, exploration scale; at most 1 for cps [release: 0.5] (default 0.5)" in shown and "[release: 1e-4]" in shown
+    assert (
+        "η, exploration scale; at most 1 for cps [release: 0.5] (default 0.5)" in shown and "[release: 1e-4]" in shown
+    )
     assert "learning rate, constant [paper: 1e-5] (default 1e-05; toy 0.0006; tiny 0.0001)" in shown
     assert len(shown.split("Train a video flow model")[0]) < 200  # the usage is short
 
@@ -174,7 +191,10 @@ def test_ranks_are_those_of_the_launch_or_of_the_plan(monkeypatch):
     options.dry_run = False
     assert config_module.planned_ranks(paper, options) == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert config_module.planned_ranks(paper, options) == 4 and config_module.planned_ranks(Config(model="toy"), options) == 1
+    assert (
+        config_module.planned_ranks(paper, options) == 4
+        and config_module.planned_ranks(Config(model="toy"), options) == 1
+    )
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert config_module.planned_ranks(paper, options) == 16
     options.gpus = 2

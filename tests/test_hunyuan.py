@@ -17,7 +17,10 @@ from tiny.hunyuan import build_tiny_hunyuan
 
 FRAMES, HEIGHT, WIDTH = 5, 64, 48
 SHAPE = latent_shape(FRAMES, HEIGHT, WIDTH)
-PROMPTS = ['A red cat holds a sign that says "hello", in the rain', "dog"]  # with and without quotes, of different length
+PROMPTS = [
+    'A red cat holds a sign that says "hello", in the rain',
+    "dog",
+]  # with and without quotes, of different length
 SIGMA = torch.tensor([0.97826, 0.4])
 
 
@@ -169,7 +172,9 @@ def test_no_attention_mask_over_the_video(make, pipeline, monkeypatch):
     with torch.no_grad():
         policy.velocity(x, SIGMA, cond)
         assert {length for length, mask in shapes if mask is None} == joint
-        assert {length for length, mask in shapes if mask is not None} == {len(prompt.text) for prompt in prompts}  # refiner
+        assert {length for length, mask in shapes if mask is not None} == {
+            len(prompt.text) for prompt in prompts
+        }  # refiner
         shapes.clear()
         stock_velocity(pipeline.transformer, policy, x, cond)
         assert joint <= {length for length, mask in shapes if mask == (1, 1, length, length)}  # what ours avoids
@@ -279,7 +284,9 @@ def test_sharded_policy_trains_and_exports_like_the_plain_one(make, mesh, tmp_pa
         (file,) = (tmp_path / name).glob("*.safetensors")
         exported[name] = load_file(file)
     torch.testing.assert_close(exported["sharded"], exported["plain"], rtol=0, atol=1e-6)
-    assert any(weight.any() for name, weight in exported["plain"].items() if "lora_B" in name or not lora_rank)  # it moved
+    assert any(
+        weight.any() for name, weight in exported["plain"].items() if "lora_B" in name or not lora_rank
+    )  # it moved
 
 
 # ------------------------------------------------------------------------------------------------ prompt cache
@@ -332,8 +339,12 @@ def test_memory_estimate_adds_up(make):
     muon = memory_estimate(tokens, gpus=8, muon=True)
     assert 0.5 * full["optimizer"] < muon["optimizer"] < 0.6 * full["optimizer"]  # one moment for most weights
     assert {name for name in full if muon[name] != full[name]} == {"optimizer"}
-    stored = 2 * 2 * (tokens + 1256) * 2048 * 54 / 2**30  # one more sample stores one more input in every block and pass
-    assert memory_estimate(tokens, batch=2)["activations"] - memory_estimate(tokens)["activations"] == pytest.approx(stored)
+    stored = (
+        2 * 2 * (tokens + 1256) * 2048 * 54 / 2**30
+    )  # one more sample stores one more input in every block and pass
+    assert memory_estimate(tokens, batch=2)["activations"] - memory_estimate(tokens)["activations"] == pytest.approx(
+        stored
+    )
     for lora_rank in (0, 4):  # what is trained is counted right
         policy, _, _ = make(lora_rank=lora_rank)
         trained = sum(p.numel() for p in trainable(policy).values())
@@ -342,7 +353,11 @@ def test_memory_estimate_adds_up(make):
 
 
 def test_bad_arguments_say_what_to_do(folder, cache, tmp_path, make):
-    for size, message in (((80, 480, 832), "4k \\+ 1"), ((81, 480, 850), "multiples of 16"), ((0, 480, 832), "4k \\+ 1")):
+    for size, message in (
+        ((80, 480, 832), "4k \\+ 1"),
+        ((81, 480, 850), "multiples of 16"),
+        ((0, 480, 832), "4k \\+ 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             token_count(*size)
     with pytest.raises(FileNotFoundError, match="existing folder or a hub id"):

@@ -421,7 +421,7 @@ MODEL_FAULTS = {
         '"_class_name": "HunyuanVideo15Transformer3DModel": got \'FluxTransformer2DModel\'',
     ),
     "other vae": (edit("vae/config.json", _class_name="AutoencoderKL"), '"AutoencoderKLHunyuanVideo15": got'),
-    "other encoder": (edit("text_encoder/config.json", model_type="llama"), '"qwen2_5_vl_text": got \'llama\''),
+    "other encoder": (edit("text_encoder/config.json", model_type="llama"), "\"qwen2_5_vl_text\": got 'llama'"),
     "t5 without type": (edit("text_encoder_2/config.json", model_type=None), '"model_type": "t5": got None'),
     "channels": (edit("transformer/config.json", in_channels=33), "must have {'in_channels': 65"),
     "patches": (edit("transformer/config.json", patch_size=2), "only this text-to-video model is supported"),
@@ -448,7 +448,9 @@ MODEL_FAULTS = {
         TENSORS + "1 unexpected (x)",
     ),
     "a tensor's shape": (
-        tensors("text_encoder_2", lambda state: state.update({"shared.weight": torch.ones(3, 16)}), "model.safetensors"),
+        tensors(
+            "text_encoder_2", lambda state: state.update({"shared.weight": torch.ones(3, 16)}), "model.safetensors"
+        ),
         TENSORS + "1 of another shape (shared.weight (3, 16))",
     ),
     "a tensor's type": (

@@ -66,7 +66,9 @@ def test_cps_does_not_converge():
 
 
 def test_the_score_of_the_erratum_does_not_converge(monkeypatch):
-    """−(x − x0_hat)/sigma² lacks the factor (1 − sigma): N(0, 1) data at η = 1 ends 35% too wide at T = 20, 52% at 50."""
+    """−(x − x0_hat)/sigma² lacks the factor (1 − sigma): N(0, 1) data at η = 1 ends 35% too wide at T = 20, 52% at
+    50.
+    """
     right = std_error("sage_grpo", 1.0, 1.0, 50)
     monkeypatch.setattr(sde_module, "score", lambda x, v, sigma: -(x - sde_module.predict_x0(x, v, sigma)) / sigma**2)
     assert std_error("sage_grpo", 1.0, 1.0, 20) == pytest.approx(0.35, abs=0.01)

@@ -17,7 +17,18 @@ from config import Config
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--batch_size", "8", "--micro_batch", "8", "--group_size", "4", "--num_steps", "4", "--eval_steps", "2"]
-SMALL += ["--eval_noises", "1", "--optimizer_steps", "3", "--anchor_every", "6", "--checkpoint_every", "2", "--eval_every", "3"]
+SMALL += [
+    "--eval_noises",
+    "1",
+    "--optimizer_steps",
+    "3",
+    "--anchor_every",
+    "6",
+    "--checkpoint_every",
+    "2",
+    "--eval_every",
+    "3",
+]
 
 
 def lines_of(run):
@@ -62,8 +73,9 @@ def test_run_folder_holds_what_is_promised(tmp_path, capsys):
     assert "before    after 3  change" in shown and "reward" in shown and "TA" in shown
     train.main(["--runs", str(tmp_path), *SMALL, "--iterations", "1"])
     assert (tmp_path / "toy-2").is_dir()
-    with pytest.raises(SystemExit, match="exists; continue it with --resume"):
+    with pytest.raises(SystemExit):
         train.main(["--runs", str(tmp_path), *SMALL, "--name", "toy-1"])
+    assert "exists; continue it with --resume" in capsys.readouterr().err
 
 
 def test_a_log_beyond_the_checkpoint_is_cut_on_resume(tmp_path):
@@ -80,7 +92,9 @@ def test_a_log_beyond_the_checkpoint_is_cut_on_resume(tmp_path):
     log.write_text(whole + '{"iteration": 4, "rew')  # cut short, but beyond the checkpoint: nothing is lost
     assert checkpoint.read_log(tmp_path / "run", 3) == [json.loads(line) for line in whole.splitlines()]
     log.write_text(whole[:-10])
-    with pytest.raises(ValueError, match="must hold a line for each iteration up to the checkpoint's, 3: got 3 whole lines"):
+    with pytest.raises(
+        ValueError, match="must hold a line for each iteration up to the checkpoint's, 3: got 3 whole lines"
+    ):
         train.main(["--resume", str(tmp_path / "run"), "--iterations", "4"])
 
 
@@ -146,7 +160,9 @@ def test_a_run_that_was_killed_before_its_pictures_makes_them_on_resume(tmp_path
     for name in ("samples_after.npy", "samples_before_after.gif"):
         (tmp_path / "run" / name).unlink()
     train.main(["--resume", str(tmp_path / "run")])
-    assert (tmp_path / "run" / "samples_after.npy").exists() and (tmp_path / "run" / "samples_before_after.gif").exists()
+    assert (tmp_path / "run" / "samples_after.npy").exists() and (
+        tmp_path / "run" / "samples_before_after.gif"
+    ).exists()
 
 
 def test_a_save_that_was_killed_is_not_read(tmp_path):
@@ -161,7 +177,9 @@ def test_prompts_are_drawn_without_gaps():
 
 
 def test_no_two_draws_of_a_run_share_their_noise(tmp_path, monkeypatch):
-    """Every sample of every iteration, and each purpose, has a generator of its own; the same on each start of the run."""
+    """Every sample of every iteration, and each purpose, has a generator of its own; the same on each start of the
+    run.
+    """
     seeds = {"noise": [], "order": []}
     collect, update = train.collect, train.update
 
@@ -209,7 +227,9 @@ def matrices_with_full_rank_gradients():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 def test_muon_takes_orthogonal_steps_of_adamws_size(weight_decay):
-    """Newton–Schulz makes all singular values of a step about 1; 0.2·√32 scales its RMS to 0.2, that of AdamW's steps."""
+    """Newton–Schulz makes all singular values of a step about 1; 0.2·√32 scales its RMS to 0.2, that of AdamW's
+    steps.
+    """
     module = matrices_with_full_rank_gradients()
     optimizers = train.make_optimizers(module, Config(optimizer="muon", learning_rate=1e-2, weight_decay=weight_decay))
     assert [type(optimizer).__name__ for optimizer in optimizers] == ["Muon", "AdamW"]
