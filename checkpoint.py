@@ -13,7 +13,9 @@ them back.
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -89,8 +91,8 @@ def _flush(path):
 
 
 def complete(folder):
-    """All complete checkpoints of a folder, oldest first."""
-    return sorted(Path(folder).glob("iteration-*"))
+    """All complete checkpoints of a folder, oldest first. Other names, such as a copy iteration-4.bak, are ignored."""
+    return sorted(path for path in Path(folder).glob("iteration-*") if re.fullmatch(r"iteration-\d+", path.name))
 
 
 def latest(run):
@@ -222,7 +224,7 @@ def read_log(run, iteration):
             break  # cut short, by a full disk say; whether it is needed is checked below
         if line["iteration"] > iteration:
             break
-        kept.append(line)
+        kept.append({name: math.nan if value is None else value for name, value in line.items()})
     if not kept or kept[-1]["iteration"] != iteration:
         raise ValueError(
             f"{path} must hold a line for each iteration up to the checkpoint's, {iteration}: "
@@ -234,7 +236,13 @@ def read_log(run, iteration):
 def write_log(run, log):
     """All of metrics.jsonl anew, by the first rank: it is short, and so no kill can leave half of it."""
     if _rank() == 0:
-        _replace(Path(run) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+        lines = [json.dumps({name: _or_null(value) for name, value in line.items()}, allow_nan=False) for line in log]
+        _replace(Path(run) / "metrics.jsonl", "".join(line + "\n" for line in lines))
+
+
+def _or_null(value):
+    """JSON has no NaN: what could not be measured is null, which every reader takes."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tensorboard(run):

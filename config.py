@@ -346,6 +346,8 @@ def resolve(options):
     """The Config of a command line, checked; a ValueError or an OSError says what cannot be."""
     names = [field.name for field in dataclasses.fields(Config)]
     given = {name: value for name, value in vars(options).items() if name in names}
+    if options.resume == "":
+        raise ValueError("--resume must name a run folder: got ''; a shell variable in the command is probably unset")
     if options.resume:
         config = resumed_config(options, given, names)
     else:

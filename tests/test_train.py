@@ -1,6 +1,7 @@
 """The command line, the run folder, resuming bit for bit, stopping."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -169,6 +170,20 @@ def test_a_save_that_was_killed_is_not_read(tmp_path):
     (tmp_path / "checkpoints" / "tmp-iteration-000009").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="must hold a complete checkpoint"):
         checkpoint.latest(tmp_path)
+
+
+def test_names_that_are_no_checkpoints_are_ignored(tmp_path):
+    for name in ("iteration-000002", "iteration-000010", "iteration-000010.bak", "iteration-old", "tmp-iteration-000011"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    names = [path.name for path in checkpoint.complete(tmp_path / "checkpoints")]
+    assert names == ["iteration-000002", "iteration-000010"] and checkpoint.last_iteration(tmp_path) == 10
+
+
+def test_the_log_is_strict_json(tmp_path):
+    checkpoint.write_log(tmp_path, [{"iteration": 0, "eval_reward": math.nan, "x": math.inf, "y": 1.5}])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 0, "eval_reward": null, "x": null, "y": 1.5}\n'
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "eval_reward": null}\n')
+    assert math.isnan(checkpoint.read_log(tmp_path, 1)[0]["eval_reward"])
 
 
 def test_prompts_are_drawn_without_gaps():
