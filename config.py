@@ -165,7 +165,12 @@ class Config(GRPOConfig):
             check_folder_to_make("prompt_cache", self.prompt_cache)
 
     def check_new_run(self):
-        """Apart from check(), since a run that goes on has its folder. So has one whose ranks torchrun starts again."""
+        """Apart from check(), since a run that goes on has its folder. So has one whose ranks torchrun starts again.
+
+        Only the first rank looks: it also makes the folder, maybe before a slower rank comes here.
+        """
+        if int(os.environ.get("RANK", 0)) != 0:
+            return
         run = Path(self.runs) / self.name
         started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if self.name and os.path.lexists(run) and not started_again:

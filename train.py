@@ -1,6 +1,6 @@
 """Train a video flow model with SAGE-GRPO.
 
-    python train.py                        the toy, on a laptop, in about two minutes
+    python train.py                        the toy, on a laptop, in about a minute
     python train.py --preset tiny          the real classes with tiny random weights: proves the path of the full run
     python train.py --preset paper ...     HunyuanVideo-1.5 with VideoAlign, on all GPUs of this machine
     python train.py --preset release ...   the same with the settings of the released script
