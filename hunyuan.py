@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
+from videoalign import read_json
+
 # The networks of a model, each with the name of its file of weights.
 NETWORKS = {
     "transformer": (HunyuanVideo15Transformer3DModel, "diffusion_pytorch_model"),
@@ -257,9 +259,10 @@ class PromptEncoder:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             if metadata.get("checksum") == checksum(path, tensors):
                 return Prompt(**tensors)
-        except Exception:  # whatever is wrong with the file, it is written anew
-            pass
-        print(f"{path} is not what was written there: its prompt is encoded anew", file=sys.stderr)
+            problem = "its checksum is another"
+        except Exception as error:  # a damaged file can break the reader in any way; it is written anew
+            problem = repr(error)
+        print(f"{path} is not what was written there ({problem}): its prompt is encoded anew", file=sys.stderr)
         return None
 
     def _write(self, prompt, encoded):
@@ -462,19 +465,6 @@ def check_fit(model, configs):
     if not isinstance(scale, float) or not 0 < scale < math.inf:
         rule = f"the scaling_factor of {model}/vae must be positive"
         raise ValueError(f"{rule}: got {scale!r}; download its config.json again")
-
-
-def read_json(path):
-    """The object of a JSON file, with an error that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} must hold {path.name}: it is missing; download it again")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {error}; download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a JSON object: got {content!r:.60}; download it again")
-    return content
 
 
 # ------------------------------------------------------------------------------------------------ loading and saving

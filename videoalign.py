@@ -243,6 +243,8 @@ def newest_checkpoint(folder):
 
 def read_json(path):
     """The object of a JSON file, with an error that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} must hold {path.name}: it is missing; download it again")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ batches of other shapes, a matrix product then rounds its last bits otherwise, a
 goes to the other one, and a reward model turns that into a difference of 1e-3. What is compared here is the algorithm.
 """
 
+import os
 import sys
 from functools import partial
 
@@ -83,8 +84,18 @@ def muon_step(file, world=1, rank=0):
         torch.save({name: after[name] - before[name] for name in before}, file)
 
 
+def obey_cpu_capability():
+    """Under ATEN_CPU_CAPABILITY, attention by its plain kernel.
+
+    On a CPU with AMX, the flash kernel of torch 2.13 packs bf16 for AVX-512 whatever that variable allows, and fails.
+    """
+    if "ATEN_CPU_CAPABILITY" in os.environ:
+        torch.backends.cuda.enable_flash_sdp(False)  # despite its name it is for CPUs, too
+
+
 def main(arguments):
     torch.set_num_threads(1)
+    obey_cpu_capability()
     train.collect = collect_with_rewards_by_place
     runs = [[]]
     for argument in arguments:

@@ -112,7 +112,7 @@ def test_every_preset_can_run():
         (["--weight_decay", "-1"], "weight_decay must lie in [0, 1]: got -1.0"),
         (["--iterations", "0"], "iterations must lie in [1, 1e+07]: got 0"),
         (["--max_failed_rewards", "1"], "max_failed_rewards is a share in [0, 1)"),
-        (["--resume", ""], "--resume must name a run folder: got ''; a shell variable in the command is probably unset"),
+        (["--resume", ""], "--resume must name a run folder: got ''; a shell variable in the command is probably"),
         (["--resume", "nowhere"], "--resume must name a run folder with a config.json: got nowhere"),
         (["--preset", "toy", "--gpus", "2", "--dry-run"], "the toy runs on one process"),
         (

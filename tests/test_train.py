@@ -173,10 +173,11 @@ def test_a_save_that_was_killed_is_not_read(tmp_path):
 
 
 def test_names_that_are_no_checkpoints_are_ignored(tmp_path):
-    for name in ("iteration-000002", "iteration-000010", "iteration-000010.bak", "iteration-old", "tmp-iteration-000011"):
+    whole, others = ["iteration-000002", "iteration-000010"], ["iteration-000010.bak", "iteration-old", "tmp-iteration-3"]
+    for name in whole + others:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     names = [path.name for path in checkpoint.complete(tmp_path / "checkpoints")]
-    assert names == ["iteration-000002", "iteration-000010"] and checkpoint.last_iteration(tmp_path) == 10
+    assert names == whole and checkpoint.last_iteration(tmp_path) == 10
 
 
 def test_the_log_is_strict_json(tmp_path):
