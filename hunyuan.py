@@ -360,7 +360,8 @@ def check_model(model):
 
 
 def check_hub_id(setting, model, example):
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
+    beside_others = len(Path(model).parts) > 1 and Path(model).parent.is_dir()  # a folder that is not there yet
+    if beside_others or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
         rule = f"the {setting} must be an existing folder or a hub id like {example}"
         raise FileNotFoundError(f"{rule}: got {str(model)!r}")
 

@@ -326,6 +326,8 @@ def train(config, run, resumed, ranks, device, mesh):
         if evaluation_is_due(config, iteration, log[-1], run):  # after the save, so that nothing is lost where it fails
             log[-1] |= run_evaluation(policy, eval_reward, eval_prompts, config, iteration, run, ranks)
             checkpoint.write_log(run, log)
+            if first:
+                pictures.curves(log, config.clip_range, run / "curves.png")
         show_iteration(bar, board, log[-1])
     bar.close()
     if not first:
