@@ -70,15 +70,18 @@ def option(group, default, text, choices=None, video=False, bounds=None):
 class GRPOConfig:
     """What the algorithm itself reads. Defaults are the paper's; the presets of config.py override them."""
 
-    group_size: int = option(METHOD, 4, "G, samples per prompt [paper: 4]")
+    group_size: int = option(METHOD, 4, "G, samples per prompt [paper: 4]", bounds=(2, 10**4))
     batch_size: int = option(
-        METHOD, 8, "samples per rank and iteration; a group may span ranks [paper: 2 × 4; release: 2]"
+        METHOD,
+        8,
+        "samples per rank and iteration; a group may span ranks [paper: 2 × 4; release: 2]",
+        bounds=(1, 10**6),
     )
     reward_setting: str = option(METHOD, "B", "weights of Eq. 10 [paper: A and B]", sorted(REWARD_SETTINGS))
     clip_range: float = option(
-        METHOD, 1e-4, "c of clip(ρ, 1 ± c), for a log-prob that is a mean over D [release: 1e-4]"
+        METHOD, 1e-4, "c of clip(ρ, 1 ± c), for a log-prob that is a mean over D [release: 1e-4]", bounds=(1e-10, 1e3)
     )
-    max_advantage: float = option(METHOD, 5.0, "clamp on |A| [release: 5]")
+    max_advantage: float = option(METHOD, 5.0, "clamp on |A| [release: 5]", bounds=(1e-3, 1e3))
     equalizer: bool = option(METHOD, True, "multiply the policy term of step t by S_t, Eq. 9 [paper: on]")
     kl_mode: str = option(METHOD, "dual", "trust region, Eq. 11–14 [paper: dual]", KL_MODES)
     stepwise_kl: str = option(
@@ -87,20 +90,28 @@ class GRPOConfig:
         "form of the step-wise KL: Eq. 15, or Eq. 12 in closed form [paper: rollout_phase]",
         STEPWISE_KL,
     )
-    beta_pos: float = option(METHOD, 1.0, "β_pos of Eq. 14 [paper: 1.0]")
-    beta_vel: float = option(METHOD, 0.1, "β_vel of Eq. 14 [paper: 0.1]")
+    beta_pos: float = option(METHOD, 1.0, "β_pos of Eq. 14 [paper: 1.0]", bounds=(0, 1e6))
+    beta_vel: float = option(METHOD, 0.1, "β_vel of Eq. 14 [paper: 0.1]", bounds=(0, 1e6))
     kl_schedule: str = option(METHOD, "two_stage", "schedule of λ_KL, Fig. 7 [paper: two_stage]", KL_SCHEDULES)
-    kl_lambda: float = option(METHOD, 1e-5, "λ_KL, final value [paper: 1e-5]")
-    kl_lambda_early: float = option(METHOD, 1e-7, "λ_KL at the start of two_stage, milder and ramp [paper: 1e-7]")
+    kl_lambda: float = option(METHOD, 1e-5, "λ_KL, final value [paper: 1e-5]", bounds=(0, 1e6))
+    kl_lambda_early: float = option(
+        METHOD, 1e-7, "λ_KL at the start of two_stage, milder and ramp [paper: 1e-7]", bounds=(0, 1e6)
+    )
     kl_switch: int = option(
-        METHOD, 50, "iteration of the second stage, or length of the ramp [not printed in the paper]"
+        METHOD, 50, "iteration of the second stage, or length of the ramp [not printed in the paper]", bounds=(0, 10**7)
     )
     anchor_every: int = option(
-        METHOD, 10, "N, optimizer steps between refreshes of the moving anchor, Eq. 13 [paper: 10]"
+        METHOD, 10, "N, optimizer steps between refreshes of the moving anchor, Eq. 13 [paper: 10]", bounds=(1, 10**7)
     )
-    optimizer_steps: int = option(OPTIMIZATION, 1, "optimizer steps per iteration [paper and release: 1]")
-    micro_batch: int = option(OPTIMIZATION, 1, "samples per forward and backward pass, per rank [paper: 2]")
-    max_grad_norm: float = option(OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]")
+    optimizer_steps: int = option(
+        OPTIMIZATION, 1, "optimizer steps per iteration [paper and release: 1]", bounds=(1, 10**4)
+    )
+    micro_batch: int = option(
+        OPTIMIZATION, 1, "samples per forward and backward pass, per rank [paper: 2]", bounds=(1, 10**6)
+    )
+    max_grad_norm: float = option(
+        OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]", bounds=(1e-6, 1e9)
+    )
     max_failed_rewards: float = option(METHOD, 0.1, "share of samples that may fail to be scored before the run stops")
 
     def check_algorithm(self):

@@ -11,10 +11,10 @@ import numpy as np  # noqa: E402
 
 from paper.claims import NAMES, interval  # noqa: E402
 from pictures import BLACK, BLUE, GREEN, ORANGE, RED  # noqa: E402
+from trust_region import KL_MODES  # noqa: E402
 
 # One colour, line and marker each, so that a picture also reads in grey.
 LOOKS = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (RED, "-.", "^"), (GREEN, ":", "D"), (BLACK, (0, (5, 1)), "v")]
-KL_MODES = ("none", "fixed", "stepwise", "moving", "dual")
 
 
 def series(logs, name):
