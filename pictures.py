@@ -22,7 +22,7 @@ def curves(log, clip_range, path):
     figure, ((reward, kl), (ratio, gradient)) = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
 
     def series(name, lines=iterations):
-        points = [(line["iteration"], line[name]) for line in lines if name in line]
+        points = [(line["iteration"], line[name]) for line in lines if line.get(name) is not None]
         return np.array(points).reshape(-1, 2).T
 
     for name, colour in {"reward": BLACK, "VQ": BLUE, "MQ": ORANGE, "TA": GREEN}.items():
@@ -126,5 +126,6 @@ def report(run, log, config, prompts):
     print(f"{'ODE samples':12} {'before':>8} {heading:>10}  change")
     for name in first:
         if name.startswith("eval_") and (first[name] or last[name]):
-            print(f"{name[5:]:12} {first[name]:8.4f} {last[name]:10.4f} {last[name] - first[name]:+8.4f}")
+            before, after = (np.nan if line[name] is None else line[name] for line in (first, last))  # null: not measured
+            print(f"{name[5:]:12} {before:8.4f} {after:10.4f} {after - before:+8.4f}")
     print(f"{run}: metrics.jsonl, curves.png, samples_before_after.gif, checkpoints")
