@@ -51,6 +51,22 @@ def launch_on_all_gpus(config):
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
+def join_ranks(backend):
+    """init_process_group, for restarts, too.
+
+    torchrun's store outlives a restart, and PyTorch (2.11 to 2.13) looks up the ranks' addresses in it under the same
+    names each time: a rank that comes before another then connects to the one that has died. On one machine the count
+    of restarts keeps them apart; each machine counts for itself, so that several cannot agree on such a name.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["GROUP_WORLD_SIZE"] != "1":
+        dist.init_process_group(backend)
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
 def setup_ranks(config):
     """(ranks, device, mesh) of this process; the mesh is None on one process."""
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -60,7 +76,7 @@ def setup_ranks(config):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return OneRank(), device, None
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return AllRanks(), device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
 
