@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -447,3 +448,64 @@ def test_a_restarted_launch_goes_on_in_the_same_folder(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("tiny-*")) == ["tiny-1"]
     assert [line["iteration"] for line in checkpoint.read_log(tmp_path / "tiny-1")] == [0, 1, 2, 3, 4]
     assert not list(tmp_path.glob(".launch-*"))
+
+
+# ---------------------------------------------------------------------------------------------- numbers of ranks
+RESHARD = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import checkpoint, ranks, train
+from config import Config
+from test_checkpoint import progress_of
+if "WORLD_SIZE" in os.environ:
+    dist.init_process_group("gloo")
+module, x, pulls = ranks.full_rank_batch()
+if dist.is_initialized():
+    for layer in module.blocks:
+        fully_shard(layer)
+    fully_shard(module)
+optimizers, anchor = train.make_optimizers(module, Config(optimizer="muon", learning_rate=1e-2)), train.Anchor(module, 2)
+if sys.argv[2] == "step":
+    ranks.backward(module, x, pulls)
+    for optimizer in optimizers:
+        optimizer.step()
+else:
+    checkpoint.load(checkpoint.choose(sys.argv[1]), module, optimizers, anchor)
+checkpoint.save(sys.argv[3] + "/checkpoints", module, optimizers, anchor, progress_of(1))
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def whole_tensors(run):
+    """{name: tensor} of a checkpoint, put together from the parts of all ranks."""
+    tensors, parts_of = {}, {}
+    for path in sorted((run / "checkpoints" / "iteration-000001").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():
+                parts_of.setdefault(name, []).append((places[name]["saved_offsets"], file.get_tensor(name)))
+    for name, parts in parts_of.items():
+        parts.sort(key=lambda part: part[0])
+        tensors[name] = torch.cat([part for _, part in parts]) if parts[0][1].ndim else parts[0][1]
+    return tensors
+
+
+def test_any_number_of_ranks_reads_a_checkpoint_bit_for_bit(tmp_path):
+    """2 ranks save; 3 read that and save; 1 reads that and saves. Rows: 32, 48 and 33, so that shards are uneven."""
+    (tmp_path / "reshard.py").write_text(RESHARD)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    runs = [str(tmp_path / name) for name in ("two", "three", "one")]
+    for count, what, source, target in ((2, "step", "-", runs[0]), (3, "load", *runs[:2]), (1, "load", *runs[1:])):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+        command = [sys.executable, *launcher, str(tmp_path / "reshard.py"), source, what, target]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    two, three, one = (whole_tensors(tmp_path / name) for name in ("two", "three", "one"))
+    assert len(list((tmp_path / "three" / "checkpoints" / "iteration-000001").glob("shard-*"))) == 3
+    assert two.keys() == three.keys() == one.keys()
+    assert any("momentum_buffer" in name for name in one) and any("exp_avg_sq" in name for name in one)
+    assert all(torch.equal(two[name], one[name]) and torch.equal(two[name], three[name]) for name in one)
+    assert one["module.blocks.2.weight"].shape == (33, 48)
