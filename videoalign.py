@@ -8,6 +8,7 @@ import ast
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -475,15 +476,26 @@ def read_video(path):
 
 
 def write_video(path, video, fps):
-    """uint8 [F, C, H, W] -> an mp4 that every player takes: H.264 in yuv420p, hence the even sides."""
+    """uint8 [F, C, H, W] -> an mp4 that every player takes: H.264 in yuv420p, hence the even sides.
+    Its frames are counted, because imageio ignores how ffmpeg ended: OSError where one is missing."""
     import imageio.v2 as imageio
+    import imageio_ffmpeg
 
     is_rgb = video.dtype == torch.uint8 and video.ndim == 4 and video.shape[1] == 3
     if not is_rgb or video.shape[2] % 2 or video.shape[3] % 2:
         got = f"{video.dtype} {tuple(video.shape)}"
         raise ValueError(f"a video must be uint8 [F, 3, H, W] with even sides: got {got}")
     frames = video.permute(0, 2, 3, 1).cpu().numpy()
-    imageio.mimwrite(path, frames, format="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1)
+    Path(path).unlink(missing_ok=True)  # what is counted below must be new
+    try:
+        imageio.mimwrite(path, frames, format="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1)
+        found, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+        problem = f"{found} of {len(frames)} frames are in it" if found != len(frames) else ""
+    except (OSError, RuntimeError) as error:
+        problem = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+    if problem:
+        free = shutil.disk_usage(Path(path).parent).free
+        raise OSError(f"a video must be written whole: {path} is not ({problem}); {free:,} bytes are free on its disk")
 
 
 def parse_arguments():
