@@ -6,6 +6,7 @@ Every reward model in this project, toy or real, is one function
 
 in which NaN means "this sample could not be scored". A failed sample is carried as NaN up to `group_advantages`, which
 masks it; it is never replaced by a number, since any number would be normalised together with the honest ones.
+`broken_rule` checks this contract, and grpo.score calls it on every rank.
 """
 
 import torch
@@ -15,6 +16,30 @@ REWARD_SETTINGS = {
     "A": {"VQ": 1 / 3, "MQ": 1 / 3, "TA": 1 / 3},  # averaged rewards
     "B": {"VQ": 0.5, "MQ": 0.5, "TA": 1.0},  # alignment-focused, the released code's default
 }
+
+MAX_SIZE = 1e6  # of a score. Anything larger is no opinion on a video, and squares of it lose the other samples of a group
+TAKEN_NAMES = {"reward", "group", "ratio", "failed"}  # <name>_mean, <name>_std and eval_<name> are metrics of other things
+
+
+def broken_rule(scores, count):
+    """What is wrong with the answer of a reward to `count` videos, and how to mend it; "" if it keeps the contract."""
+    if not isinstance(scores, dict) or not scores:
+        return f"it must return a dict of names and tensors: got {type(scores).__name__} {scores!r:.80}"
+    for name, values in scores.items():
+        if not isinstance(name, str) or not name or name in TAKEN_NAMES:
+            return f"a name must be a text, and none of {sorted(TAKEN_NAMES)}: got {name!r}; rename it"
+        if not isinstance(values, torch.Tensor) or values.layout != torch.strided or not values.is_floating_point():
+            kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+            return f"{name} must be a dense tensor of floats: got {kind}; convert it with torch.as_tensor and .float()"
+        if values.shape != (count,):
+            return f"{name} must have one score per video, shape [{count}]: got {list(values.shape)}"
+        for sample, value in enumerate(values.double().tolist()):
+            if abs(value) > MAX_SIZE:  # false for NaN
+                return (
+                    f"sample {sample}: {name} must be NaN or of size up to {MAX_SIZE:g}: got {value}; "
+                    "mend the reward, or let it return NaN for a video that it cannot score"
+                )
+    return ""
 
 
 def composite_reward(scores, setting):
