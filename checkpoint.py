@@ -14,8 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -129,7 +127,7 @@ def load_weights(path, module):
     set_model_state_dict(module, state["module"], options=TRAINABLE_ONLY)
 
 
-# ---------------------------------------------------------------------------------------------- randomness and stopping
+# ---------------------------------------------------------------------------------------------- randomness
 def generator(*key):
     """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", iteration, sample).
 
@@ -138,21 +136,6 @@ def generator(*key):
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-class Interrupt:
-    """Ctrl-C (or SIGTERM) once: stop after this iteration, with a checkpoint. Twice: stop at once."""
-
-    def __init__(self):
-        self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._ask)
-
-    def _ask(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this iteration; once more stops at once and loses it", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- settings and log

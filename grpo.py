@@ -25,11 +25,13 @@ A policy is any object with
     decode(x [B, …])  -> uint8 video [B, F, C, H, W]
     passes            how many forward passes of the network velocity has made so far
 A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed sample: see rewards.py. It may keep the causes
-of failures in a list `failures`.
+of failures in a list `failures`. `score` is the one place that calls it.
 """
 
 import math
+import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -37,7 +39,7 @@ import torch
 import torch.distributed as dist
 
 from equalizer import equalizer_scales
-from rewards import REWARD_SETTINGS, composite_reward, group_advantages
+from rewards import REWARD_SETTINGS, broken_rule, composite_reward, group_advantages
 from sde import SDE, Trajectory, log_prob, randn, rollout
 from trust_region import (
     KL_MODES,
@@ -50,6 +52,7 @@ from trust_region import (
     stepwise_kl_closed_form,
     stepwise_kl_rollout_phase,
 )
+from watch import enter
 
 METHOD, OPTIMIZATION = "method", "optimization"  # groups of --help
 
@@ -84,6 +87,7 @@ class GRPOConfig:
     micro_batch: int = option(OPTIMIZATION, 1, "samples per forward and backward pass, per rank [paper: 2]")
     max_grad_norm: float = option(OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]")
     max_failed_rewards: float = option(METHOD, 0.1, "share of samples that may fail to be scored before the run stops")
+    reward_timeout: float = option(METHOD, 1800.0, "seconds that one call of the reward may take before the run stops")
 
     def check_algorithm(self):
         """Raise ValueError on the first setting that cannot work, before anything is loaded."""
@@ -97,6 +101,8 @@ class GRPOConfig:
                 raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
         if not 0 <= self.max_failed_rewards < 1:
             raise ValueError(f"max_failed_rewards is a share in [0, 1): got {self.max_failed_rewards}")
+        if not 0 < self.reward_timeout <= 1e6:
+            raise ValueError(f"reward_timeout is a number of seconds in (0, 1e6]: got {self.reward_timeout}")
         for name in ("beta_pos", "beta_vel", "kl_lambda", "kl_lambda_early", "kl_switch"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: got {getattr(self, name)}")
@@ -111,6 +117,10 @@ class OneRank:
         """The values of all ranks, concatenated in their order: on one process the tensor itself."""
         return tensor
 
+    def exchange(self, value):
+        """A list of the values of all ranks; a value is any small object."""
+        return [value]
+
 
 class AllRanks:
     """`ranks` of a run under torch.distributed."""
@@ -123,6 +133,12 @@ class AllRanks:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
+
+    def exchange(self, value):
+        """A list of the values of all ranks; a value is any small object. It goes over the CPU."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
 
 @dataclass
@@ -153,6 +169,50 @@ def sample(policy, prompts, latent_shape, sde, generators, callback=None):
     return conditions, trajectory
 
 
+def score(reward, videos, prompts, config, ranks, device):
+    """Call the reward and check what it returns, before a score crosses ranks.
+
+    Returns ({name: float64 [B]}, causes of failures on all ranks). The names have the first rank's order on all ranks.
+    If the reward of one rank fails or breaks the contract of rewards.py, all ranks raise, and with the same cause.
+    """
+    own, problem = call_reward(reward, videos, prompts, config.reward_timeout, ranks, device)
+    failures = [] if problem else list(getattr(reward, "failures", []))
+    reports = ranks.exchange((problem, list(own), failures[:1]))
+    _, names, _ = reports[0]
+    causes = []
+    for rank, (problem, others, first) in enumerate(reports):
+        if problem:
+            raise RuntimeError(f"a reward must keep its contract (rewards.py): rank {rank}, {problem}")
+        if set(others) != set(names):
+            raise RuntimeError(
+                f"a reward must return the same names on every rank: got {names} on rank 0 and {others} on rank {rank}; "
+                "return NaN for a score that cannot be computed"
+            )
+        causes += [f"rank {rank}, {cause}" for cause in first]
+    return {name: own[name] for name in names}, causes
+
+
+def call_reward(reward, videos, prompts, timeout, ranks, device):
+    """({name: float64 [B]}, "") of this rank, or ({}, what is wrong)."""
+    given = list(prompts)  # a copy: the update needs the prompts as they are
+    enter("its reward", timeout)
+    try:
+        scores = reward(videos, given)
+        problem = broken_rule(scores, len(prompts))
+        if given != list(prompts):
+            problem = "it changed the list of prompts: let it work on a copy"
+        if problem:
+            return {}, problem
+        return {name: values.detach().double().to(device) for name, values in scores.items()}, ""
+    except Exception as error:  # whatever the user's code raises; all ranks must hear of it, and this one has the traceback
+        cause = f"it raised {type(error).__name__}: {error}"
+        print(f"\nrank {ranks.rank}: the reward must score videos: {cause}", file=sys.stderr)
+        traceback.print_exc()
+        return {}, cause
+    finally:
+        enter("the exchange of the rewards")
+
+
 def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=None):
     """Roll out one sample for each of this rank's B prompts and turn their rewards into advantages.
 
@@ -160,19 +220,22 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
     """
     started, passes = time.perf_counter(), policy.passes
+    enter("its rollout")
     conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, callback)
-    own_scores = reward(policy.decode(trajectory.states[:, -1]), prompts)
-    device = trajectory.states.device
-    scores = {name: ranks.gather(values.double().to(device)) for name, values in own_scores.items()}  # [ranks·B]
+    videos = policy.decode(trajectory.states[:, -1])
+    own_scores, causes = score(reward, videos, prompts, config, ranks, trajectory.states.device)
+    scores = {name: ranks.gather(values) for name, values in own_scores.items()}  # [ranks·B]
     rewards = composite_reward(scores, config.reward_setting)
     advantages, valid, group_std = group_advantages(rewards, config.group_size, max_advantage=config.max_advantage)
     failed = 1 - valid.double().mean().item()
     if failed > config.max_failed_rewards:
-        cause = next(iter(getattr(reward, "failures", [])), "not on this rank, or not reported by the reward")
+        cause = next(iter(causes), "not reported by the reward")
         raise RuntimeError(
             f"at most a share of {config.max_failed_rewards} of the samples may fail to be scored (max_failed_rewards): "
             f"got {failed:.3f}; first cause: {cause}"
         )
+    if ranks.rank == 0 and not advantages.any():
+        print("\nthis iteration teaches nothing: in no group do two samples have different rewards", file=sys.stderr)
 
     metrics = {"reward_failed": failed, "group_std": group_std.mean().item()}
     for name, values in {"reward": rewards, **scores}.items():
@@ -199,20 +262,22 @@ def evaluate(policy, reward, prompts, latent_shape, sde, generators, config, ran
     first = ranks.rank * share
     places = [place % len(prompts) for place in range(first, first + share)]
     parts, kept = [], []
+    device = next(policy.module.parameters()).device
     for start in range(0, share, config.batch_size):
+        enter("an evaluation")
         chosen = places[start : start + config.batch_size]
         texts = [prompts[place] for place in chosen]
         noise = [generators[place] for place in chosen]
         _, trajectory = sample(policy, texts, latent_shape, sde, noise)
         videos = policy.decode(trajectory.states[:, -1])
-        parts.append(reward(videos, texts))
+        part, _ = score(reward, videos, texts, config, ranks, device)
+        parts.append(part)
         for place, video in zip(chosen, videos, strict=True):
             kept.append(keep(place, video))
 
-    device = next(policy.module.parameters()).device
     scores = {}
     for name in parts[0]:
-        own = torch.cat([part[name] for part in parts]).double().to(device)
+        own = torch.cat([part[name] for part in parts])
         scores[name] = ranks.gather(own)[: len(prompts)]
     rewards = composite_reward(scores, config.reward_setting)
     metrics = {"eval_reward": rewards.nanmean().item()}
@@ -268,6 +333,7 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
     """
     started, passes = time.perf_counter(), policy.passes
+    enter("its update")
     per_step = micro_batches_per_step(len(batch.valid), int(batch.sde.stochastic.sum()), config)
     lambda_kl = kl_coefficient(config.kl_schedule, iteration, config.kl_lambda, config.kl_lambda_early, config.kl_switch)
     scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import pictures
-from checkpoint import Interrupt, generator
+from checkpoint import generator
 from config import TINY, TOY, arithmetic, parse, planned_ranks, print_memory
 from grpo import AllRanks, OneRank, collect, evaluate, update
 from prompts import read_prompts
@@ -34,6 +35,7 @@ from sde import SDE, sigma_schedule
 from toy import world
 from toy.model import ToyPolicy
 from trust_region import Anchor, kl_weights
+from watch import WATCH, Interrupt, run_as_rank
 
 
 # ------------------------------------------------------------------------------------------------ ranks
@@ -41,7 +43,7 @@ def launch_on_all_gpus(config):
     """`python train.py` on a machine with several GPUs becomes torchrun on all of them.
 
     After Ctrl-C torchrun kills its ranks in 30 s, unless told otherwise: too soon for the end of an iteration and its
-    checkpoint.
+    checkpoint. It gives the same hour to the ranks whose neighbour has died; they end by themselves, in seconds: see watch.py.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     count = torch.cuda.device_count()
@@ -51,16 +53,25 @@ def launch_on_all_gpus(config):
 
 
 def setup_ranks(config):
-    """(ranks, device, mesh) of this process; the mesh is None on one process."""
+    """(ranks, device, mesh) of this process; the mesh is None on one process.
+
+    A collective fails after reward_timeout and half an hour more: one rank may be in its reward that long while the others
+    wait for it, and half an hour leaves room for a save or a slow disk. That is for hangs that watch.py does not see. NCCL
+    then ends the process, by PyTorch's default for TORCH_NCCL_ASYNC_ERROR_HANDLING, 3.
+    """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() and config.model != TOY else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        WATCH.start(OneRank())
         return OneRank(), device, None
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return AllRanks(), device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.reward_timeout + 1800))
+    ranks = AllRanks()
+    WATCH.start(ranks)
+    return ranks, device, dist.init_device_mesh(device.type, (ranks.world,))
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -345,6 +356,6 @@ def show_iteration(bar, board, line):
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)
     if dist.is_initialized():
         dist.destroy_process_group()
