@@ -172,12 +172,11 @@ def sample(policy, prompts, latent_shape, sde, generators, callback=None):
 def score(reward, videos, prompts, config, ranks, device):
     """Call the reward and check what it returns, before a score crosses ranks.
 
-    Returns ({name: float64 [B]}, causes of failures on all ranks). The names have the first rank's order on all ranks.
+    Returns ({name: float64 [B]}, first cause of a failed sample of each rank). The names have the first rank's order.
     If the reward of one rank fails or breaks the contract of rewards.py, all ranks raise, and with the same cause.
     """
     own, problem = call_reward(reward, videos, prompts, config.reward_timeout, ranks, device)
-    failures = [] if problem else list(getattr(reward, "failures", []))
-    reports = ranks.exchange((problem, list(own), failures[:1]))
+    reports = ranks.exchange((problem, list(own), first_failure(reward, own)))
     _, names, _ = reports[0]
     causes = []
     for rank, (problem, others, first) in enumerate(reports):
@@ -185,11 +184,22 @@ def score(reward, videos, prompts, config, ranks, device):
             raise RuntimeError(f"a reward must keep its contract (rewards.py): rank {rank}, {problem}")
         if set(others) != set(names):
             raise RuntimeError(
-                f"a reward must return the same names on every rank: got {names} on rank 0 and {others} on rank {rank}; "
-                "return NaN for a score that cannot be computed"
+                f"a reward must return the same names on every rank: got {names} on rank 0 and {others} on rank {rank};"
+                " return NaN for a score that cannot be computed"
             )
-        causes += [f"rank {rank}, {cause}" for cause in first]
+        if first:
+            causes.append(f"rank {rank}, {first}")
     return {name: own[name] for name in names}, causes
+
+
+def first_failure(reward, scores):
+    """Why a sample of this rank has no score; "" if all have one."""
+    for cause in getattr(reward, "failures", []):
+        return str(cause)
+    for name, values in scores.items():
+        for place in values.isnan().nonzero().flatten().tolist():
+            return f"sample {place}: {name} is NaN, and the reward keeps no list of failures"
+    return ""
 
 
 def call_reward(reward, videos, prompts, timeout, ranks, device):
@@ -204,7 +214,7 @@ def call_reward(reward, videos, prompts, timeout, ranks, device):
         if problem:
             return {}, problem
         return {name: values.detach().double().to(device) for name, values in scores.items()}, ""
-    except Exception as error:  # whatever the user's code raises; all ranks must hear of it, and this one has the traceback
+    except Exception as error:  # whatever the user's code raises: all ranks must hear of it
         cause = f"it raised {type(error).__name__}: {error}"
         print(f"\nrank {ranks.rank}: the reward must score videos: {cause}", file=sys.stderr)
         traceback.print_exc()
@@ -229,10 +239,9 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     advantages, valid, group_std = group_advantages(rewards, config.group_size, max_advantage=config.max_advantage)
     failed = 1 - valid.double().mean().item()
     if failed > config.max_failed_rewards:
-        cause = next(iter(causes), "not reported by the reward")
         raise RuntimeError(
             f"at most a share of {config.max_failed_rewards} of the samples may fail to be scored (max_failed_rewards): "
-            f"got {failed:.3f}; first cause: {cause}"
+            f"got {failed:.3f}; first cause: {causes[0]}"
         )
     if ranks.rank == 0 and not advantages.any():
         print("\nthis iteration teaches nothing: in no group do two samples have different rewards", file=sys.stderr)

@@ -17,8 +17,8 @@ REWARD_SETTINGS = {
     "B": {"VQ": 0.5, "MQ": 0.5, "TA": 1.0},  # alignment-focused, the released code's default
 }
 
-MAX_SIZE = 1e6  # of a score. Anything larger is no opinion on a video, and squares of it lose the other samples of a group
-TAKEN_NAMES = {"reward", "group", "ratio", "failed"}  # <name>_mean, <name>_std and eval_<name> are metrics of other things
+MAX_SIZE = 1e6  # of a score. Anything larger is no opinion on a video, and beside it the others of a group look equal
+TAKEN_NAMES = {"reward", "group", "ratio", "failed"}  # <name>_mean, <name>_std or eval_<name> is another metric
 
 
 def broken_rule(scores, count):

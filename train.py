@@ -43,7 +43,7 @@ def launch_on_all_gpus(config):
     """`python train.py` on a machine with several GPUs becomes torchrun on all of them.
 
     After Ctrl-C torchrun kills its ranks in 30 s, unless told otherwise: too soon for the end of an iteration and its
-    checkpoint. It gives the same hour to the ranks whose neighbour has died; they end by themselves, in seconds: see watch.py.
+    checkpoint. It gives the same hour to ranks whose neighbour has died; they end by themselves: see watch.py.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     count = torch.cuda.device_count()
@@ -55,9 +55,9 @@ def launch_on_all_gpus(config):
 def setup_ranks(config):
     """(ranks, device, mesh) of this process; the mesh is None on one process.
 
-    A collective fails after reward_timeout and half an hour more: one rank may be in its reward that long while the others
-    wait for it, and half an hour leaves room for a save or a slow disk. That is for hangs that watch.py does not see. NCCL
-    then ends the process, by PyTorch's default for TORCH_NCCL_ASYNC_ERROR_HANDLING, 3.
+    A collective fails after reward_timeout and half an hour more: one rank may be in its reward that long while the
+    others wait for it, and half an hour leaves room for a save or a slow disk. That is for hangs that watch.py does not
+    see. NCCL then ends the process, by PyTorch's default for TORCH_NCCL_ASYNC_ERROR_HANDLING, 3.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() and config.model != TOY else torch.device("cpu")

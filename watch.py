@@ -1,16 +1,16 @@
 """What each rank knows of the others: that they live, what they do and since when, and the first cause of a failure.
 
-A rank that waits in a collective learns nothing from Python: the call returns when all ranks have come, or never. So each
-rank has a thread that looks around once a second. Through the store of torch.distributed it tells the others what this rank
-does. It ends the rank where waiting makes no sense:
+A rank that waits in a collective learns nothing from Python: the call returns when all ranks have come, or never. So
+each rank has a thread that looks around once a second. Through the store of torch.distributed it tells the others what this
+rank does. It ends the rank where waiting makes no sense:
     another rank has failed, and left its cause in the store
-    another rank has died (kill -9, out of memory), or has not been heard of for SILENCE_ENDS seconds
+    another rank has died (kill -9, out of memory), or is silent for SILENCE_ENDS seconds
     some rank takes longer for its reward than reward_timeout
     the store itself is gone, and with it torchrun
-The rank that notices first prints the cause, in one line; the others end without a word. Ctrl-C is heard by the same thread.
+The rank that notices first prints the cause, in one line; the others end without a word. The same thread hears Ctrl-C.
 
-What remains: a call that holds Python's lock for ever stops this thread, too. Then the other ranks end after SILENCE_ENDS,
-or after reward_timeout if it happens in a reward.
+What remains: a call that holds Python's lock for ever stops this thread, too. Then the other ranks end after
+SILENCE_ENDS, or after reward_timeout if it happens in a reward. A whole machine that disappears is silent, too.
 """
 
 import atexit
@@ -122,8 +122,7 @@ class Watch:
             keys = [str(rank) for rank in range(self.world)]
             *texts, failure = self.store.multi_get([*keys, "failure"])
             messages = {rank: json.loads(text) for rank, text in enumerate(texts)}
-            is_own = failure.startswith(b"rank %d: " % self.rank)
-            if failure.decode() != NO_FAILURE and not is_own and not self.ended:
+            if failure.decode() != NO_FAILURE and not self.ended:
                 record(failure.decode())
                 os._exit(1)  # the rank that failed has said why
         for rank, message in messages.items():
@@ -139,25 +138,27 @@ class Watch:
         for rank, message in self.heard.items():
             if message["ended"]:
                 continue
-            doing = f"in {message['name']} since {message['since']}"  # a second old at most, while it lives
+            doing = f"in {message['name']} since {message['since']}"
             is_neighbour = rank != self.rank and own_node is not None and message["node"] == own_node
-            if is_neighbour and not is_alive(message["pid"]):
-                self.end(
-                    f"rank {rank} (pid {message['pid']}) died without a word, last heard of {doing}. It was killed, by hand "
-                    "or for want of memory (see dmesg); the last checkpoint is good"
-                )
             silent = time.monotonic() - self.changed[rank, "beats"]
             busy = time.monotonic() - self.changed[rank, "number"]
-            cause = None
-            if message["limit"] is not None and busy > message["limit"]:
-                cause = (
-                    f"a reward may take {message['limit']:g} seconds (reward_timeout): rank {rank} is awaited, it has been "
-                    f"{doing}. Look at what the reward waits for, or raise reward_timeout; the last checkpoint is good"
+            if is_neighbour and not is_alive(message["pid"]):
+                self.end(
+                    f"rank {rank} (pid {message['pid']}) died without a word, last heard of {doing}. It was killed, "
+                    "by hand or for want of memory (see dmesg); the last checkpoint is good"
                 )
-            elif silent > SILENCE_ENDS:
-                cause = f"rank {rank} is silent for {silent:.0f} seconds, last heard of {doing}; the last checkpoint is good"
-            if cause is not None:
-                self.end(cause, message["pid"] if is_neighbour else None)
+            if message["limit"] is not None and busy > message["limit"]:
+                self.end(
+                    f"a reward may take {message['limit']:g} seconds (reward_timeout): rank {rank} is awaited, it has "
+                    f"been {doing}. Look at what the reward waits for, or raise reward_timeout; the last checkpoint "
+                    "is good",
+                    hanging=message["pid"] if is_neighbour else None,
+                )
+            if silent > SILENCE_ENDS:
+                self.end(
+                    f"rank {rank} is silent for {silent:.0f} s, last heard of {doing}; the last checkpoint is good",
+                    hanging=message["pid"] if is_neighbour else None,
+                )
 
     def hear(self, number):
         """Ctrl-C or SIGTERM. It works while the main thread waits in a collective."""
@@ -181,15 +182,16 @@ class Watch:
         return "; ".join(parts)
 
     # ---------------------------------------------------------------------------------------- the end
-    def end(self, cause, neighbour=None, code=1):
-        """End this process now, and a hanging one on this node, for which torchrun would wait an hour."""
+    def end(self, cause, hanging=None, code=1):
+        """End this process, and the one of that pid: torchrun would wait for it, TORCH_ELASTIC_SHUTDOWN_TIMEOUT long."""
         self.publish(cause)
-        if neighbour is not None:
-            os.kill(neighbour, signal.SIGKILL)
+        if hanging is not None:
+            os.kill(hanging, signal.SIGKILL)
         os._exit(code)
 
     def publish(self, cause):
-        """Print the cause, unless another rank was first. Returns whether this rank was."""
+        """Print the cause, unless another rank was first. Returns whether this rank was. The caller then ends it."""
+        self.ended = True
         line = f"rank {self.rank}: {cause}"
         if self.store is not None:
             try:
@@ -217,8 +219,8 @@ def enter(name, limit=None):
 class Interrupt:
     """Ctrl-C (or SIGTERM) once: stop after this iteration, with a checkpoint. Twice: stop at once.
 
-    Python runs a signal's handler when the main thread returns from C, out of a collective for instance. The number of the
-    signal is written to the wake-up socket at once, and the thread of the watch reads it there.
+    Python runs a signal's handler when the main thread returns from C, out of a collective for instance. But it writes
+    the signal's number to the wake-up socket at once, and the thread of the watch reads it there.
     """
 
     def __init__(self):
@@ -231,11 +233,11 @@ class Interrupt:
         return WATCH.asked
 
 
-# ------------------------------------------------------------------------------------------------ the border of a process
+# ---------------------------------------------------------------------------------------- the border of a process
 def run_as_rank(main):
-    """Run main. If it fails, the first rank to fail says why in one line, and the exit code is 1, or 2 for a setting.
+    """Run main. The first rank to fail says why in one line, and the exit code is 1, or 2 for a setting.
 
-    An error that this project raises on purpose is that line alone; any other keeps its traceback, of that rank alone.
+    An error that this project raises on purpose is that line alone. Any other keeps the traceback of its rank.
     """
     for text in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
@@ -246,9 +248,9 @@ def run_as_rank(main):
     except KeyboardInterrupt:  # before the loop, or in its report: there is nothing to save
         WATCH.end("stopped", code=130)
     except SystemExit as error:
-        if WATCH.thread is None or error.code in (None, 0):
+        if WATCH.thread is None:
             raise
-        WATCH.end(str(error.code), code=2)
+        WATCH.end(error.code if isinstance(error.code, str) else f"sys.exit({error.code}) was called", code=2)
     except Exception as error:
         leave(error)
 
@@ -256,7 +258,7 @@ def run_as_rank(main):
 def leave(error):
     ours = is_ours(error)
     if WATCH.world > 1 and not ours:
-        time.sleep(5 * BEAT)  # if a collective failed because another rank died, the watch says so and ends this process
+        time.sleep(5 * BEAT)  # where a collective failed because another rank did, the watch now ends this one
     name = "" if ours else f"{type(error).__name__}: "
     if WATCH.publish(f"{name}{first_line(error)}") and not ours:
         traceback.print_exception(error)

@@ -1,7 +1,7 @@
 """Two real ranks under torchrun, of which one fails in some way: one cause, in one line, and an end within seconds.
 
-This file is also the script that the ranks run: `test_rank_failures.py FAULT FOLDER TIMEOUT`. The loop is train.py's own, with
-a linear policy, so that a launch takes seconds. All launches run at once.
+This file is also the script that the ranks run: `test_rank_failures.py FAULT FOLDER TIMEOUT`. The loop is train.py's,
+with a linear policy, so that a launch takes seconds. Four of them run at a time.
 """
 
 import json
@@ -23,9 +23,9 @@ from watch import run_as_rank
 ROOT = Path(train.__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3600"
-FAULTS = ("order", "raises", "bug", "killed", "hangs", "frozen", "slow", "twice")
+FAULTS = ("order", "raises", "bug", "killed", "hangs", "frozen", "twice", "slow")
 ITERATIONS = 3  # every fault happens in the second
-SLOW = 6.0  # seconds
+SLOW = 12.0  # seconds, so that the interrupts come before its end
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -41,7 +41,7 @@ class LinearPolicy:
 
     def velocity(self, x, sigma, cond):
         self.passes += 1
-        if self.fault == "bug" and self.passes > 12 and train.WATCH.rank == 1:
+        if self.fault == "bug" and self.passes > 12 and train.WATCH.rank == 1:  # the update of the second iteration
             raise KeyError("no such block")
         return self.module(x)
 
@@ -120,26 +120,33 @@ def interrupt(process, folder, times):
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory):
     """{fault: (exit code, what was printed, folder, seconds from the fault to the end)}"""
-    folders = {fault: tmp_path_factory.mktemp(fault) for fault in FAULTS}
-    processes = {fault: start(fault, folder) for fault, folder in folders.items()}
-    interrupt(processes["slow"], folders["slow"], times=1)
-    interrupt(processes["twice"], folders["twice"], times=2)
-    ended = {}
-    deadline = time.time() + 120
-    while len(ended) < len(FAULTS) and time.time() < deadline:
-        for fault, process in processes.items():
-            if fault not in ended and process.poll() is not None:
-                ended[fault] = time.time()
-        time.sleep(0.05)
-    for process in processes.values():
-        if process.poll() is None:
-            process.kill()
     results = {}
-    for fault, folder in folders.items():
-        fault_at = folder / "fault-at"
-        began = float(fault_at.read_text()) if fault_at.exists() else ended[fault]
-        results[fault] = (processes[fault].returncode, (folder / "shown").read_text(), folder, ended[fault] - began)
+    for faults in (FAULTS[:4], FAULTS[4:]):
+        folders = {fault: tmp_path_factory.mktemp(fault) for fault in faults}
+        processes = {fault: start(fault, folder) for fault, folder in folders.items()}
+        if "twice" in faults:
+            interrupt(processes["twice"], folders["twice"], times=2)
+            interrupt(processes["slow"], folders["slow"], times=1)
+        ends = wait(processes)
+        for fault, folder in folders.items():
+            fault_at = float((folder / "fault-at").read_text())
+            shown = (folder / "shown").read_text()
+            results[fault] = (processes[fault].returncode, shown, folder, ends[fault] - fault_at)
     return results
+
+
+def wait(processes):
+    """{fault: time at which its launch ended}; one that does not end is killed after two minutes."""
+    ends = {}
+    deadline = time.time() + 120
+    while len(ends) < len(processes):
+        for fault, process in processes.items():
+            if time.time() > deadline and process.poll() is None:
+                process.terminate()
+            if fault not in ends and process.poll() is not None:
+                ends[fault] = time.time()
+        time.sleep(0.05)
+    return ends
 
 
 def lines_of(folder):
@@ -200,7 +207,7 @@ def test_the_first_interrupt_says_what_it_waits_for_and_saves(launches):
 
 def test_the_second_interrupt_stops_at_once(launches):
     code, shown, folder, seconds = launches["twice"]
-    assert code != 0 and seconds < 30 and shown.count("stopped at once") == 1
+    assert code != 0 and seconds < 60 and shown.count("stopped at once") == 1
     assert not (folder / "run" / "checkpoints").exists()
 
 

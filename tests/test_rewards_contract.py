@@ -1,4 +1,4 @@
-"""What a reward may return: a correct batch, or one error that names rank, sample and value. And mp4 files on a full disk."""
+"""Rewards: a correct batch, or one error that names rank, sample and value. And mp4 files on a full disk."""
 
 import math
 import resource
@@ -20,7 +20,8 @@ NAMES = ("VQ", "MQ", "TA")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ALL_KINDS = (*FLOATS, torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
 
-numbers = st.one_of(st.floats(-10, 10), st.floats(), st.sampled_from([math.nan, math.inf, -math.inf, 1e300, 1e6, -1.1e6]))
+extremes = st.sampled_from([math.nan, math.inf, -math.inf, 1e300, 1e6, -1.1e6])
+numbers = st.one_of(st.floats(-10, 10), st.floats(), extremes)
 shapes = st.one_of(st.just((B,)), st.lists(st.integers(0, B + 1), max_size=3).map(tuple))
 names = st.one_of(st.sampled_from([*NAMES, "reward", "group", ""]), st.text(max_size=3), st.integers(), st.none())
 
@@ -99,8 +100,8 @@ class FirstOfTwo(OneRank):
 @pytest.mark.parametrize(
     "other, cause",
     [
-        (("sample 1: VQ must be NaN or …", [], []), r"keep its contract .*: rank 1, sample 1: VQ must be NaN or …"),
-        (("", ["VQ", "more"], []), r"same names on every rank: got \['VQ'\] on rank 0 and \['VQ', 'more'\] on rank 1"),
+        (("sample 1: VQ must be NaN or …", [], ""), r"keep its contract .*: rank 1, sample 1: VQ must be NaN or …"),
+        (("", ["VQ", "more"], ""), r"same names on every rank: got \['VQ'\] on rank 0 and \['VQ', 'more'\] on rank 1"),
     ],
 )
 def test_a_rank_raises_for_what_another_one_did(other, cause):
@@ -109,11 +110,17 @@ def test_a_rank_raises_for_what_another_one_did(other, cause):
 
 
 def test_the_cause_of_a_failed_sample_comes_with_its_rank():
-    ranks = FirstOfTwo(("", ["MQ", "VQ"], ["sample 0: the video is black"]))
+    ranks = FirstOfTwo(("", ["MQ", "VQ"], "sample 0: the video is black"))
     scores, causes = score(
         lambda videos, prompts: {"VQ": torch.zeros(1), "MQ": torch.ones(1)}, None, ["a"], CONFIG, ranks, "cpu"
     )
     assert causes == ["rank 1, sample 0: the video is black"] and list(scores) == ["VQ", "MQ"]
+
+
+def test_a_failed_sample_without_a_cause_is_named():
+    answer = {"VQ": torch.zeros(2), "MQ": torch.tensor([0, math.nan])}
+    _, causes = score(lambda videos, prompts: answer, None, ["a", "b"], CONFIG, OneRank(), "cpu")
+    assert causes == ["rank 0, sample 1: MQ is NaN, and the reward keeps no list of failures"]
 
 
 def test_a_good_answer_passes():
@@ -155,7 +162,7 @@ def test_an_mp4_that_does_not_fit_the_disk_is_an_error(tmp_path):
     write_video(tmp_path / "video.mp4", video, fps=24)  # a whole one stood there before
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, before[1]))
     try:
-        with pytest.raises(OSError, match=r"a video must be written whole: .*video.mp4 is not \(.*\); [\d,]+ bytes are free"):
+        with pytest.raises(OSError, match=r"must be written whole: .*video.mp4 is not \(.*\); [\d,]+ bytes are free"):
             write_video(tmp_path / "video.mp4", video, fps=24)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
