@@ -1,8 +1,8 @@
 """What each rank knows of the others: that they live, what they do and since when, and the first cause of a failure.
 
 A rank that waits in a collective learns nothing from Python: the call returns when all ranks have come, or never. So
-each rank has a thread that looks around once a second. Through the store of torch.distributed it tells the others what this
-rank does. It ends the rank where waiting makes no sense:
+each rank has a thread that looks around once a second. Through the store of torch.distributed it tells the others what
+this rank does. It ends the rank where waiting makes no sense:
     another rank has failed, and left its cause in the store
     another rank has died (kill -9, out of memory), or is silent for SILENCE_ENDS seconds
     some rank takes longer for its reward than reward_timeout
@@ -183,7 +183,7 @@ class Watch:
 
     # ---------------------------------------------------------------------------------------- the end
     def end(self, cause, hanging=None, code=1):
-        """End this process, and the one of that pid: torchrun would wait for it, TORCH_ELASTIC_SHUTDOWN_TIMEOUT long."""
+        """End this process, and a hanging one by its pid: torchrun waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT for it."""
         self.publish(cause)
         if hanging is not None:
             os.kill(hanging, signal.SIGKILL)
