@@ -77,6 +77,9 @@ class Config(GRPOConfig):
     )  # fmt: skip
     checkpoint_every: int = option(RUN, 10, "iterations between checkpoints", bounds=(1, 10**7))
     keep_checkpoints: int = option(RUN, 2, "newest checkpoints that are kept", bounds=(1, 1000))
+    reward_timeout: float = option(
+        RUN, 1800.0, "seconds that one call of the reward may take before the run stops", bounds=(1, 10**6)
+    )
 
     model: str = option(
         VIDEO, "", "the policy: toy, tiny, or a hub id or local folder of HunyuanVideo-1.5 in diffusers format"

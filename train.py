@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from sde import SDE, sigma_schedule
 from toy import world
 from toy.model import ToyPolicy
 from trust_region import Anchor, kl_weights
+from watch import WATCH, Interrupt, TimedReward, enter, run_as_rank
 
 
 # ------------------------------------------------------------------------------------------------ ranks
@@ -42,7 +44,7 @@ def launch_on_all_gpus(config):
     """`python train.py` on a machine with several GPUs becomes torchrun on all of them.
 
     After Ctrl-C torchrun kills its ranks in 30 s, unless told otherwise: too soon for the end of an iteration and its
-    checkpoint.
+    checkpoint. It gives the same hour to ranks whose neighbour has died; they end by themselves: see watch.py.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     count = torch.cuda.device_count()
@@ -51,7 +53,7 @@ def launch_on_all_gpus(config):
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
-def join_ranks(backend):
+def join_ranks(backend, timeout):
     """init_process_group, for restarts, too.
 
     torchrun's store outlives a restart, and PyTorch (2.11 to 2.13) looks up the ranks' addresses in it under the same
@@ -59,25 +61,34 @@ def join_ranks(backend):
     of restarts keeps them apart; each machine counts for itself, so that several cannot agree on such a name.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["GROUP_WORLD_SIZE"] != "1":
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
         return
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
 
 
 def setup_ranks(config):
-    """(ranks, device, mesh) of this process; the mesh is None on one process."""
+    """(ranks, device, mesh) of this process; the mesh is None on one process.
+
+    A collective fails after reward_timeout and half an hour more: one rank may be in its reward that long while the
+    others wait for it, and half an hour leaves room for a save or a slow disk. That is for hangs that watch.py does not
+    see. NCCL then ends the process, by PyTorch's default for TORCH_NCCL_ASYNC_ERROR_HANDLING, 3.
+    """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() and config.model != TOY else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        WATCH.start(OneRank())
         return OneRank(), device, None
     if not dist.is_initialized():
-        join_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return AllRanks(), device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        join_ranks(backend, timedelta(seconds=config.reward_timeout + 1800))
+    ranks = AllRanks()
+    WATCH.start(ranks)
+    return ranks, device, dist.init_device_mesh(device.type, (ranks.world,))
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -228,6 +239,7 @@ def run_evaluation(policy, reward, prompts, config, iteration, run, ranks):
     samples_before.npy (iteration 0) or samples_after.npy: uint8 thumbnails [prompts · eval_noises, F', 3, H', W'], the
     noises of a prompt beside each other. Of the video model also an mp4 for each prompt and a contact sheet.
     """
+    enter("an evaluation")
     repeated = [prompt for prompt in prompts for _ in range(config.eval_noises)]
     ode = SDE(config.sde_type, 0.0, sigma_schedule(config.eval_steps, config.shift))
     noise = [generator(config.seed, "eval", place) for place in range(len(repeated))]
@@ -335,6 +347,8 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     if first:
         print(arithmetic(config, ranks.world))
     policy, reward, eval_reward, prompts, eval_prompts = build(config, run, ranks, device, mesh)
+    reward = TimedReward(reward, config.reward_timeout)
+    eval_reward = TimedReward(eval_reward, config.reward_timeout)
     optimizers = make_optimizers(policy.module, config)
     anchor = make_anchor(policy.module, config)
     sde = config.sde()
@@ -357,9 +371,11 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
         noise = sample_generators(config, "noise", iteration, ranks)
         orders = sample_generators(config, "order", iteration, ranks)
         texts = own_prompts(prompts, config, iteration, ranks)
+        enter("its rollout")
         batch = collect(policy, reward, texts, sde, noise, config, steps_made, ranks, partial(show_step, bar, config))
+        enter("its update")
         metrics, steps_made = update(policy, batch, config, optimizers, anchor, orders, iteration, steps_made, ranks)
-        for cause in getattr(reward, "failures", []):
+        for cause in reward.failures:
             print(f"rank {ranks.rank}, iteration {iteration + 1}: not scored: {cause}", file=sys.stderr)
         iteration += 1
         line = {"iteration": iteration, **batch.metrics, **metrics, "optimizer_steps_made": steps_made}
@@ -370,6 +386,7 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
         if stop or iteration == config.iterations or iteration % config.checkpoint_every == 0:
             progress = {"iteration": iteration, "optimizer_steps_made": steps_made, "line": line, "log": log.position()}
             progress |= {"ranks": ranks.world, "settings": asdict(config)}
+            enter("a save")
             checkpoint.save(run / "checkpoints", policy.module, optimizers, anchor, progress, config.keep_checkpoints)
         if evaluation_is_due(config, iteration):  # after the save, so that nothing is lost where it fails
             line |= run_evaluation(policy, eval_reward, eval_prompts, config, iteration, run, ranks)
@@ -414,6 +431,6 @@ def show_end(config, run, iteration, done, eval_prompts):
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)
     if dist.is_initialized():
         dist.destroy_process_group()
