@@ -79,7 +79,11 @@ class Watch:
         atexit.register(self.stop)
 
     def stop(self):
-        """At the regular end of the process, so that the others do not take it for dead."""
+        """At the regular end of the process, so that the others do not take it for dead.
+
+        While this waits, gloo's threads let go of the last collective's tensors. They need Python for that, and abort
+        the process if Python has ended before (seen with torch 2.13).
+        """
         self.ended = True
         self.wake.send(b"\0")
         self.thread.join(timeout=5)

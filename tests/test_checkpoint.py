@@ -1,6 +1,7 @@
 """The run folder: killed saves, damaged and hostile checkpoints, changed settings, full disks, the log, restarts."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -322,7 +323,8 @@ def test_the_log_is_strict_json_and_costs_the_same_at_any_length(tmp_path):
     line = {"iteration": 1, "eval_reward": float("nan"), "kl": float("inf"), "allowed": {"eta": [0.5, float("-inf")]}}
     log.append(line)
     (read,) = checkpoint.read_log(tmp_path)
-    assert read == {"iteration": 1, "eval_reward": None, "kl": None, "allowed": {"eta": [0.5, None]}}
+    assert math.isnan(read.pop("eval_reward")) and math.isnan(read.pop("kl"))
+    assert read == {"iteration": 1, "allowed": {"eta": [0.5, None]}}
 
     def seconds(lines):
         started = time.perf_counter()
@@ -342,8 +344,8 @@ def test_the_log_is_strict_json_and_costs_the_same_at_any_length(tmp_path):
 def test_pictures_are_drawn_from_a_log_with_nulls(run):
     log = checkpoint.read_log(run)
     for name in ("eval_reward", "eval_VQ"):
-        log[0][name] = None
-    log[1]["kl_velocity"] = None
+        log[0][name] = math.nan
+    log[1]["kl_velocity"] = math.nan
     for name in ("samples_before.npy", "samples_after.npy"):
         assert np.load(run / name).shape[0] > 0
     pictures.report(run, log, Config(eval_noises=2), train.world.PROMPTS)
@@ -452,21 +454,21 @@ def test_a_restarted_launch_goes_on_in_the_same_folder(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- numbers of ranks
 RESHARD = """
-import os, sys
+import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 import checkpoint, ranks, train
 from config import Config
 from test_checkpoint import progress_of
-if "WORLD_SIZE" in os.environ:
-    dist.init_process_group("gloo")
+train.setup_ranks(Config(model="toy"))
 module, x, pulls = ranks.full_rank_batch()
 if dist.is_initialized():
     for layer in module.blocks:
         fully_shard(layer)
     fully_shard(module)
-optimizers, anchor = train.make_optimizers(module, Config(optimizer="muon", learning_rate=1e-2)), train.Anchor(module, 2)
+optimizers = train.make_optimizers(module, Config(optimizer="muon", learning_rate=1e-2))
+anchor = train.Anchor(module, 2)
 if sys.argv[2] == "step":
     ranks.backward(module, x, pulls)
     for optimizer in optimizers:
