@@ -53,6 +53,7 @@ KEYS_OF_PROGRESS = {
     "line": dict,
     "log": dict,
     "settings": dict,
+    "prompt_digests": dict,
 }
 
 
@@ -488,7 +489,7 @@ def _open_run(resumed, runs, name, default, restarted):
         return Path(resumed), True, False
     run = _new_run(runs, name, default)
     _note_launch(runs, run)  # before the folder is there, for a start that dies in between
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
     return run, False, False
 
 
@@ -497,9 +498,15 @@ def _new_run(runs, name, default):
         taken = [path.name.removeprefix(f"{default}-") for path in runs.glob(f"{default}-*")]
         numbers = [int(number) for number in taken if number.isdecimal()]
         name = f"{default}-{max(numbers, default=0) + 1}"
-    if (runs / name).exists():
+    if is_taken(runs / name):
         raise FolderError(f"{runs / name} exists; continue it with --resume {runs / name}, or choose another --name")
     return runs / name
+
+
+def is_taken(run):
+    """Whether a new run may not have this folder. What a start that failed before its first line leaves is free."""
+    begun = (run / LOG).exists() or (run / "checkpoints").exists()
+    return os.path.lexists(run) and (begun or not (run / "config.json").exists())
 
 
 def _note_of_launch(runs):

@@ -8,6 +8,8 @@ it).
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import reprlib
@@ -34,6 +36,7 @@ FREE = (
     "name runs iterations checkpoint_every keep_checkpoints eval_every micro_batch anchor_offload prompt_cache"
     " reward_timeout"
 ).split()
+PROMPT_FILES = ("prompts", "eval_prompts")  # compared by what they hold, not by their place
 
 
 @dataclass
@@ -165,7 +168,7 @@ class Config(GRPOConfig):
             return
         run = Path(self.runs) / self.name
         started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if self.name and os.path.lexists(run) and not started_again:
+        if self.name and checkpoint.is_taken(run) and not started_again:
             raise ValueError(f"{run} exists; continue it with --resume {run}, or choose another --name")
 
     def check_video_model(self):
@@ -406,6 +409,17 @@ def resumed_config(options, given, names):
     return Config(**checkpoint.read_settings(options.resume, names) | given)
 
 
+def prompt_digests(config):
+    """{setting: SHA-256} of the prompts in a run's two files, which may move but not change under a run."""
+    if config.model == TOY:
+        return {}
+    digests = {}
+    for name in PROMPT_FILES:
+        text = json.dumps(read_prompts(getattr(config, name)))
+        digests[name] = hashlib.sha256(text.encode()).hexdigest()
+    return digests
+
+
 def allowed_changes(config, ranks, progress, allowed):
     """{name: [old, new]} of the settings that differ from a checkpoint's; FolderError where one is not in `allowed`.
 
@@ -422,9 +436,13 @@ def allowed_changes(config, ranks, progress, allowed):
     except ValueError as error:
         raise checkpoint.FolderError(f"the checkpoint's own settings cannot be: {error}") from None
     changes = {}
-    for name in sorted(known - {*FREE, "batch_size"}):
+    for name in sorted(known - {*FREE, *PROMPT_FILES, "batch_size"}):
         if getattr(saved, name) != getattr(config, name):
             changes[name] = [getattr(saved, name), getattr(config, name)]
+    now = prompt_digests(config)
+    for name, digest in progress["prompt_digests"].items():
+        if digest != now.get(name):
+            changes[name] = [f"prompts of SHA-256 {digest!s:.12}…", f"{now.get(name)!s:.12}…"]
     if saved.batch_size * progress["ranks"] != config.batch_size * ranks:
         old, new = f"{saved.batch_size} × {progress['ranks']} ranks", f"{config.batch_size} × {ranks} ranks"
         changes["batch_size"] = [old, new]

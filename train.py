@@ -29,7 +29,7 @@ from tqdm import tqdm
 import checkpoint
 import pictures
 from checkpoint import generator
-from config import TINY, TOY, allowed_changes, arithmetic, parse, planned_ranks, print_memory
+from config import TINY, TOY, allowed_changes, arithmetic, parse, planned_ranks, print_memory, prompt_digests
 from grpo import AllRanks, OneRank, collect, evaluate, update
 from prompts import read_prompts
 from sde import SDE, sigma_schedule
@@ -352,6 +352,7 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     optimizers = make_optimizers(policy.module, config)
     anchor = make_anchor(policy.module, config)
     sde = config.sde()
+    digests = prompt_digests(config)
     iteration, steps_made, line = 0, 0, {"iteration": 0}  # iterations, and optimizer steps, that the run has made
     if chosen is not None:
         checkpoint.load(chosen, policy.module, optimizers, anchor)
@@ -365,7 +366,7 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     log.append(line)
 
     interrupt, board = Interrupt(), checkpoint.tensorboard(run) if first else None
-    bar = tqdm(initial=iteration, total=config.iterations, desc=run.name, disable=not first)
+    bar = tqdm(initial=iteration, total=config.iterations, desc=run.name, disable=not (first and sys.stderr.isatty()))
     stop = False
     while iteration < config.iterations and not stop:
         noise = sample_generators(config, "noise", iteration, ranks)
@@ -385,7 +386,7 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
         stop = bool(ranks.gather(torch.tensor([interrupt.asked], device=device)).any())  # all ranks stop together
         if stop or iteration == config.iterations or iteration % config.checkpoint_every == 0:
             progress = {"iteration": iteration, "optimizer_steps_made": steps_made, "line": line, "log": log.position()}
-            progress |= {"ranks": ranks.world, "settings": asdict(config)}
+            progress |= {"ranks": ranks.world, "settings": asdict(config), "prompt_digests": digests}
             enter("a save")
             checkpoint.save(run / "checkpoints", policy.module, optimizers, anchor, progress, config.keep_checkpoints)
         if evaluation_is_due(config, iteration):  # after the save, so that nothing is lost where it fails
@@ -393,7 +394,8 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
         log.append(line)  # a line is written once, as a whole
         if first and "eval_reward" in line:
             draw_curves(run, config)
-        show_iteration(bar, board, line)
+        if first:
+            show_iteration(bar, board, line)
     bar.close()
     done = iteration == config.iterations
     if first:
@@ -406,9 +408,16 @@ def show_step(bar, config, k):
 
 
 def show_iteration(bar, board, line):
+    """On the bar, or as a line of its own where stderr is a file: a bar would fill it with its redrawings."""
     bar.update()
     kl = line.get("kl_position", line["kl_velocity"])
     bar.set_postfix(reward=f"{line['reward_mean']:.3f}", kl=f"{kl:.1e}")
+    if bar.disable:
+        seconds = line["rollout_seconds"] + line["update_seconds"]
+        numbers = f"reward {line['reward_mean']:.4f}, KL {kl:.1e}, gradient norm {line['grad_norm']:.3g}"
+        evaluated = f", evaluated {line['eval_reward']:.4f}" if "eval_reward" in line else ""
+        told = f"iteration {line['iteration']} of {bar.total}: {numbers}, {seconds:.1f} s{evaluated}"
+        print(told, file=sys.stderr, flush=True)
     if board is not None:
         for name, value in line.items():
             if name != "allowed":

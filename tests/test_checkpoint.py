@@ -59,7 +59,7 @@ def refused(capsys, *arguments):
 def progress_of(iteration):
     log = {"bytes": 0, "sha256": ""}
     counters = {"iteration": iteration, "optimizer_steps_made": 0, "ranks": 1}
-    return {**counters, "line": {}, "log": log, "settings": asdict(Config())}
+    return {**counters, "line": {}, "log": log, "settings": asdict(Config()), "prompt_digests": {}}
 
 
 def stamp(path):
@@ -278,6 +278,30 @@ def test_another_number_of_ranks_must_keep_the_samples(ranks, batch_size, fits):
     with pytest.raises(checkpoint.FolderError, match="batch_size '4 × 2 ranks'"):
         train.allowed_changes(config, ranks, progress, [])
     assert list(train.allowed_changes(config, ranks, progress, ["batch_size"])) == ["batch_size"]
+
+
+def test_a_prompt_file_may_move_but_not_change(tmp_path):
+    for name, text in {"old.txt": "a cat\na dog\n", "moved.txt": "a cat\na dog\n", "new.txt": "a cat\na god\n"}.items():
+        (tmp_path / name).write_text(text)
+
+    def settings(name):
+        return Config(model="tiny", prompts=str(tmp_path / name), eval_prompts=str(tmp_path / "old.txt"))
+
+    old = settings("old.txt")
+    progress = progress_of(1) | {"settings": asdict(old), "prompt_digests": train.prompt_digests(old)}
+    assert train.allowed_changes(settings("moved.txt"), 1, progress, []) == {}
+    with pytest.raises(checkpoint.FolderError, match="prompts 'prompts of SHA-256 .* with --allow prompts,"):
+        train.allowed_changes(settings("new.txt"), 1, progress, [])
+    assert list(train.allowed_changes(settings("new.txt"), 1, progress, ["prompts"])) == ["prompts"]
+
+
+def test_the_folder_of_a_start_that_failed_is_free(tmp_path, monkeypatch, capsys):
+    command = ["--runs", str(tmp_path), *SMALL, "--name", "run", "--iterations", "1"]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(train, "build", lambda *arguments: (_ for _ in ()).throw(RuntimeError("no memory")))
+        train.main(command)
+    train.main(command)
+    assert "exists; continue it with" in refused(capsys, *command)
 
 
 def test_a_resumed_run_keeps_its_settings(run, capsys):

@@ -201,7 +201,7 @@ def test_the_first_interrupt_says_what_it_waits_for_and_saves(launches):
     assert shown.count("stopping after this iteration") == 1
     assert "rank 1 in its reward since" in shown and "rank 0 in the exchange of the rewards since" in shown
     assert (folder / "run" / "checkpoints" / "iteration-000002").exists() and seconds >= SLOW
-    before_fault, after_fault = shown.index("stopping after"), shown.rindex("2/3")
+    before_fault, after_fault = shown.index("stopping after"), shown.index("iteration 2 of 3:")
     assert before_fault < after_fault  # it was said while the rank was awaited
 
 
