@@ -26,6 +26,7 @@ def test_options_and_files_named_in_the_readme_exist(capsys):
         "--local-dir",
         "--nnodes",
         "--nproc-per-node",
+        "--max-restarts",
         "--json",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
@@ -66,6 +67,9 @@ def test_every_logged_metric_is_explained_once(tmp_path):
     train.main(
         ["--runs", str(tmp_path), "--name", "run", "--iterations", "1", "--batch_size", "16", "--micro_batch", "16"]
     )
+    settings = (tmp_path / "run" / "config.json").read_text()
+    (tmp_path / "run" / "config.json").write_text(settings.replace('"eta": 0.5', '"eta": 0.6'))
+    train.main(["--resume", str(tmp_path / "run"), "--iterations", "2", "--allow", "eta"])
     logged = {
         name for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)
     }
