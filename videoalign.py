@@ -616,7 +616,14 @@ def parse_arguments():
     parser.add_argument("--json", help="file to write the scores to")
     args = parser.parse_args()
 
-    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--prompts must be a text file in UTF-8: got {args.prompts}, {error}")
+    try:
+        check_folder(Path(args.videoalign), args.videoalign_repo)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     is_empty = [not line.strip() for line in lines]
     if len(lines) not in (1, len(args.videos)) or any(is_empty):
         allowed = f"1 or {len(args.videos)} (videos) lines"

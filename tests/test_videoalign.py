@@ -490,3 +490,14 @@ def test_command_refuses_wrong_prompts_and_missing_videos(command, tmp_path, cap
     with pytest.raises(SystemExit):
         command("one")
     assert f"every video must be a file: there is no {tmp_path / 'b.mp4'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "latin.txt"])
+def test_command_names_a_prompt_file_that_cannot_be_read(monkeypatch, tmp_path, capsys, name):
+    (tmp_path / "latin.txt").write_bytes("a café".encode("latin-1"))
+    arguments = ["videoalign.py", "a.mp4", "--videoalign", "x", "--videoalign_repo", "y"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--prompts", str(tmp_path / name)])
+    with pytest.raises(SystemExit) as stop:
+        videoalign.main()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--prompts must be a text file in UTF-8" in message and name in message
