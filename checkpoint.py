@@ -18,11 +18,13 @@ What can be wrong with a run folder is a FolderError: one message, the same on a
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -44,7 +46,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 # Frozen weights come from the pre-trained model; strict=False because the saved state lacks them on the way in.
 TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
-CHECKSUMS, PROGRESS, LOG = "checksums.json", "progress.json", "metrics.jsonl"
+CHECKSUMS, PROGRESS, LOG, LOCK = "checksums.json", "progress.json", "metrics.jsonl", ".lock"
+MOST_JSON = 2**24  # bytes; a file that is larger is none of ours
 BYTES_PER_FILE = 2**31  # DCP builds a file in memory before it writes it
 KEYS_OF_PROGRESS = {
     "iteration": int,
@@ -165,8 +168,15 @@ def _refuse_what_is_not_finite(tensors, folder):
 def _clear(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("tmp-iteration-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+        _remove(leftover)
+
+
+def _remove(path):
+    """A folder with all that is in it; of a link to one the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _write_tensors(state, tensors, path):
@@ -233,7 +243,7 @@ def _failed_save(final, temporary, needed, cause):
     names = [path.name for path in complete(final.parent)]
     return (
         f"{final} could not be written: {cause}. It needs {needed:,} bytes; {_free(final.parent):,} are free in "
-        f"{final.parent}. Checkpoints that are there: {', '.join(names) or 'none'}. Make room and --resume"
+        f"{final.parent}. Checkpoints that are there: {', '.join(names) or 'none'}. Mend that, and --resume"
     )
 
 
@@ -249,8 +259,7 @@ def _remove_old(folder, keep):
     listed = [path for path in complete(folder) if _files_differ(path) is None]
     for old in listed[:-keep]:
         with warn_of_failure(f"removing {old}"):
-            doomed = old.rename(folder / f"tmp-{old.name}")  # first out of sight, then gone
-            shutil.rmtree(doomed)
+            _remove(old.rename(folder / f"tmp-{old.name}"))  # first out of sight, then gone
 
 
 def check_room(folder, module, optimizers, anchor, keep):
@@ -318,7 +327,7 @@ def _choose(run, name):
     good = _newest_whole(run)
     if good is None:
         raise FolderError(f"{problem}. No checkpoint of this run is whole; restore one from a copy, or start anew")
-    command = f"python train.py --resume {run} --from {good.name}"
+    command = f"python train.py --resume {shlex.quote(str(run))} --from {good.name}"
     raise FolderError(f"{problem}. The newest whole checkpoint is {good.name}; to go on from it: {command}")
 
 
@@ -421,7 +430,10 @@ def load(chosen, module, optimizers, anchor):
         options=TRAINABLE_ONLY,
     )
     if anchor is not None:
-        anchor.load_state_dict(state["anchor"], chosen.progress["anchor_refreshed_at"])
+        refreshed_at = chosen.progress["anchor_refreshed_at"]
+        if refreshed_at is None:
+            raise FolderError(f"{chosen.path / PROGRESS} must say when this run's anchor was refreshed: got null")
+        anchor.load_state_dict(state["anchor"], refreshed_at)
 
 
 def load_weights(chosen, module):
@@ -448,9 +460,21 @@ def _read_tensors(path, state, tensors, saved):
             raise FolderError(
                 f"{path} must hold this run's {name}, {wanted}: got {got}; was the model or a setting changed?"
             )
-        if sum(math.prod(chunk.sizes) for chunk in saved[name].chunks) != tensor.numel():
-            raise FolderError(f"{path} must hold each part of {name} once: got {len(saved[name].chunks)} parts")
+        if not _are_rows_once(saved[name].chunks, tensor.shape):
+            raise FolderError(f"{path} must hold each row of {name} once: got {len(saved[name].chunks)} other parts")
     _run(dcp.load, state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+
+
+def _are_rows_once(chunks, shape):
+    """Whether the parts of a tensor follow one another along its first dimension, as FSDP shards it."""
+    if not shape:
+        return len(chunks) == 1
+    end = 0
+    for chunk in sorted(chunks, key=lambda chunk: (*chunk.offsets, *chunk.sizes)):
+        if tuple(chunk.offsets) != (end, *[0] * (len(shape) - 1)) or chunk.sizes[1:] != shape[1:]:
+            return False
+        end += chunk.sizes[0]
+    return end == shape[0]
 
 
 # ---------------------------------------------------------------------------------------------- randomness
@@ -499,14 +523,42 @@ def _new_run(runs, name, default):
         numbers = [int(number) for number in taken if number.isdecimal()]
         name = f"{default}-{max(numbers, default=0) + 1}"
     if is_taken(runs / name):
-        raise FolderError(f"{runs / name} exists; continue it with --resume {runs / name}, or choose another --name")
+        raise FolderError(taken(runs / name))
     return runs / name
 
 
 def is_taken(run):
-    """Whether a new run may not have this folder. What a start that failed before its first line leaves is free."""
-    begun = (run / LOG).exists() or (run / "checkpoints").exists()
-    return os.path.lexists(run) and (begun or not (run / "config.json").exists())
+    """Whether a new run may not have this folder. What a start leaves that failed before its first line is free."""
+    left_by_a_start = {LOCK, "config.json", "config.json.tmp", "tiny"}
+    is_free = run.is_dir() and {path.name for path in run.iterdir()} <= left_by_a_start
+    return os.path.lexists(run) and not is_free
+
+
+def taken(run):
+    return f"{run} exists; continue it with --resume {shlex.quote(str(run))}, or choose another --name"
+
+
+@contextlib.contextmanager
+def locked(run):
+    """The run folder is this launch's alone. The lock ends with the first rank's process, in whatever way that ends."""
+    held = []
+    _on_first_rank(_lock, run, held)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _lock(run, held):
+    held.append(open(run / LOCK, "ab+"))
+    try:
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        rule = "one launch at a time may train in a run folder"
+        raise FolderError(f"{rule}: another one does in {run}; stop it first, or choose another --name") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"warning: {run} cannot be locked, start no second launch in it: {error}", file=sys.stderr)
 
 
 def _note_of_launch(runs):
@@ -571,6 +623,8 @@ def read_json(path):
     """The object in a JSON file; FolderError where there is none."""
     if not path.is_file():  # opening a pipe would wait for ever
         raise FolderError(f"{path} must be a file")
+    if path.stat().st_size > MOST_JSON:
+        raise FolderError(f"{path} must be the JSON that the run wrote: got {path.stat().st_size:,} bytes")
     try:
         value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair, which no file can hold
@@ -629,7 +683,7 @@ class Log:
     def _take_up(self, kept, renew):
         """Verify the bytes that a checkpoint knows of. Returns whether the log was begun anew instead."""
         known = b""
-        if self.path.is_file():
+        if self.path.is_file() and self.path.stat().st_size >= kept["bytes"]:
             with open(self.path, "rb") as file:
                 known = file.read(kept["bytes"])
         digest = hashlib.sha256(known)

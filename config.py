@@ -169,7 +169,7 @@ class Config(GRPOConfig):
         run = Path(self.runs) / self.name
         started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if self.name and checkpoint.is_taken(run) and not started_again:
-            raise ValueError(f"{run} exists; continue it with --resume {run}, or choose another --name")
+            raise ValueError(checkpoint.taken(run))
 
     def check_video_model(self):
         """Raise on sizes, prompts and model files that cannot work. The files of a hub id cannot be seen from here."""
@@ -385,7 +385,13 @@ def check_export(config, options):
     if not options.resume or config.model == TOY:
         rule = "--export writes what diffusers loads, so it needs --resume with a run of HunyuanVideo"
         raise ValueError(f"{rule}: got none")
+    foreign = [name for name in ("iterations", "allow") if getattr(options, name, None)]
+    if foreign:
+        raise ValueError(f"--export takes --resume and --from, nothing else: got {', '.join(foreign)}")
     check_folder_to_make("export", options.export)
+    is_first = int(os.environ.get("RANK", 0)) == 0  # which may have begun to write before a slower rank comes here
+    if is_first and os.path.isdir(options.export) and os.listdir(options.export):
+        raise ValueError(f"export must be a folder that is new or empty: {options.export} holds files; name another")
     config.check_values()
     if config.model != TINY:
         import hunyuan
@@ -440,7 +446,8 @@ def allowed_changes(config, ranks, progress, allowed):
         if getattr(saved, name) != getattr(config, name):
             changes[name] = [getattr(saved, name), getattr(config, name)]
     now = prompt_digests(config)
-    for name, digest in progress["prompt_digests"].items():
+    for name in PROMPT_FILES:
+        digest = progress["prompt_digests"].get(name)
         if digest != now.get(name):
             changes[name] = [f"prompts of SHA-256 {digest!s:.12}…", f"{now.get(name)!s:.12}…"]
     if saved.batch_size * progress["ranks"] != config.batch_size * ranks:

@@ -15,6 +15,7 @@ in checkpoint.py, a policy and a reward from toy/ or from hunyuan.py and videoal
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from datetime import timedelta
@@ -329,16 +330,17 @@ def start(config, options, ranks, device, mesh):
     """Open the run folder and verify what is in it, before anything is built; then train."""
     preset = config.model if config.model in (TOY, TINY) else options.preset or "paper"
     run, goes_on, restarted = checkpoint.open_run(options.resume, config.runs, config.name, preset)
-    chosen, changes, log = None, {}, checkpoint.Log(run)
-    if goes_on:
-        chosen = checkpoint.choose(run, None if restarted else options.origin)
-        changes = allowed_changes(config, ranks.world, chosen.progress, options.allow)
-        log = checkpoint.Log(run, chosen.progress["log"], renew=checkpoint.LOG in options.allow)
-        if log.renewed:
-            changes[checkpoint.LOG] = ["damaged", "begun anew"]
-    checkpoint.write_settings(run, asdict(config))
-    if train(config, run, chosen, changes, log, ranks, device, mesh):
-        checkpoint.forget_launch(config.runs)
+    with checkpoint.locked(run):
+        chosen, changes, log = None, {}, checkpoint.Log(run)
+        if goes_on:
+            chosen = checkpoint.choose(run, None if restarted else options.origin)
+            changes = allowed_changes(config, ranks.world, chosen.progress, options.allow)
+            log = checkpoint.Log(run, chosen.progress["log"], renew=checkpoint.LOG in options.allow)
+            if log.renewed:
+                changes[checkpoint.LOG] = ["damaged", "begun anew"]
+        checkpoint.write_settings(run, asdict(config))
+        if train(config, run, chosen, changes, log, ranks, device, mesh):
+            checkpoint.forget_launch(config.runs)
 
 
 def train(config, run, chosen, changes, log, ranks, device, mesh):
@@ -436,7 +438,7 @@ def show_end(config, run, iteration, done, eval_prompts):
             pictures.report(run, checkpoint.read_log(run), config, eval_prompts)
     else:
         draw_curves(run, config)
-        print(f"stopped after iteration {iteration}; go on with: python train.py --resume {run}")
+        print(f"stopped after iteration {iteration}; go on with: python train.py --resume {shlex.quote(str(run))}")
 
 
 if __name__ == "__main__":

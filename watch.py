@@ -14,6 +14,7 @@ SILENCE_ENDS, or after reward_timeout if it happens in a reward. A whole machine
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -87,10 +88,8 @@ class Watch:
         self.ended = True
         self.wake.send(b"\0")
         self.thread.join(timeout=5)
-        try:
+        with contextlib.suppress(RuntimeError):  # the store has ended before us
             self.look()
-        except RuntimeError:
-            pass  # the store has ended before us
 
     def tell(self):
         if self.store is not None:
@@ -217,7 +216,8 @@ def enter(name, limit=None):
     """Say what this rank does from now on; with a limit in seconds, the run ends if it takes longer."""
     number = WATCH.phase["number"] + 1
     WATCH.phase = {"number": number, "name": name, "since": time.strftime("%H:%M:%S"), "limit": limit}
-    WATCH.tell()  # now, since the thread may never come to it
+    with contextlib.suppress(RuntimeError):  # the store is gone, and the thread ends this rank for it
+        WATCH.tell()  # now, since the thread may never come to it
 
 
 class TimedReward:
@@ -262,6 +262,8 @@ def run_as_rank(main):
 
     An error that this project raises on purpose is that line alone. Any other keeps the traceback of its rank.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # σ on a terminal of ASCII must not end a run
     for text in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
     for name in HARMLESS_LOGGERS:
@@ -271,10 +273,10 @@ def run_as_rank(main):
     except KeyboardInterrupt:  # before the loop, or in its report: there is nothing to save
         WATCH.end("stopped", code=130)
     except SystemExit as error:
-        if not isinstance(error.code, str) or WATCH.thread is None:
-            raise  # who exits with a number has said why
-        WATCH.end(error.code, code=2)
-    except Exception as error:
+        if WATCH.thread is None or error.code == 2:
+            raise  # all ranks exit, and the first has said why
+        WATCH.end(error.code if isinstance(error.code, str) else f"sys.exit({error.code}) was called")
+    except BaseException as error:
         leave(error)
 
 

@@ -204,7 +204,8 @@ def damage(run, random, mark):
         fault = random.choice(FAULTS_OF_FOLDERS)
         fault(chosen, random)
         return f"{fault.__name__} {chosen.name}"
-    files = [path for path in run.iterdir() if path.is_file()] if kind < 0.45 else list(chosen.iterdir())
+    in_run = [path for path in run.iterdir() if path.is_file() and path.name != checkpoint.LOCK]  # that one is empty
+    files = in_run if kind < 0.45 else list(chosen.iterdir())
     path = random.choice(sorted(files))
     faults = FAULTS_OF_FILES + (FAULTS_OF_TEXTS if path.suffix in (".json", ".jsonl") else ())
     fault = random.choice(faults)

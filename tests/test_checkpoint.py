@@ -169,6 +169,22 @@ def test_stray_names_are_ignored(run):
     assert (folder / "iteration-4.bak").is_dir() and (folder / "foo").exists()
 
 
+def test_a_linked_checkpoint_and_a_stray_file_are_no_obstacle(run, tmp_path):
+    folder = run / "checkpoints"
+    shutil.move(folder / "iteration-000002", tmp_path / "elsewhere")
+    (folder / "iteration-000002").symlink_to(tmp_path / "elsewhere")
+    (folder / "tmp-iteration-000004").write_text("")
+    train.main(["--resume", str(run), "--iterations", "6"])
+    assert [path.name for path in checkpoint.complete(folder)] == ["iteration-000005", "iteration-000006"]
+    assert list((tmp_path / "elsewhere").iterdir())  # what was linked is not ours to delete
+
+
+def test_one_launch_at_a_time(run, capsys):
+    with checkpoint.locked(run):
+        assert "one launch at a time may train in a run folder" in refused(capsys, "--resume", run, "--iterations", 4)
+    train.main(["--resume", str(run), "--iterations", "4"])
+
+
 NEXT_SHARD = "shard-00002-model-00001-of-00001.safetensors"
 
 
@@ -205,6 +221,45 @@ def test_tensors_that_are_not_this_runs_are_refused(run, capsys):
     save_file(tensors, shard, {"DCP_SHARDING_INFO": "{}"})
     stamp(path)
     assert "must hold safetensors as DCP writes them" in refused(capsys, "--resume", run, "--iterations", 4)
+
+
+def test_parts_that_overlap_or_leave_gaps_are_refused(run, capsys):
+    """Rows 0 to 1/4 twice and 1/2 to 1: as many numbers as the tensor has, but not the tensor."""
+    path = run / "checkpoints" / "iteration-000003"
+    shard = next(path.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2 and len(tensor) % 4 == 0)
+    quarter = len(tensors[name]) // 4
+
+    def write(target, first, last, place):
+        everything = tensors if target == shard else {name: tensors[name]}
+        places = {key: {"saved_offsets": [0] * tensor.ndim} for key, tensor in everything.items()}
+        places[name]["saved_offsets"] = [place, 0]
+        own = everything | {name: tensors[name][first:last].contiguous()}
+        save_file(own, target, {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0"})
+
+    second, third = (path / f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (2, 3))
+    for places, whole in (((0, 1, 2), True), ((0, 0, 2), False), ((1, 1, 2), False)):
+        write(shard, 0, quarter, places[0] * quarter)
+        write(second, quarter, 2 * quarter, places[1] * quarter)
+        write(third, 2 * quarter, 4 * quarter, places[2] * quarter)
+        stamp(path)
+        if whole:
+            train.main(["--resume", str(run)])
+        else:
+            assert f"must hold each row of {name} once" in refused(capsys, "--resume", run)
+
+
+def test_counters_that_cannot_be_are_refused(run, capsys):
+    path = run / "checkpoints" / "iteration-000003"
+    progress = json.loads((path / "progress.json").read_text())
+    for changed, message in (
+        ({"log": progress["log"] | {"bytes": 10**18}}, "must begin with the 1,000,000,000,000,000,000 bytes"),
+        ({"anchor_refreshed_at": None}, "must say when this run's anchor was refreshed"),
+    ):
+        (path / "progress.json").write_text(json.dumps(progress | changed))
+        stamp(path)
+        assert message in refused(capsys, "--resume", run, "--iterations", 4)
 
 
 JSON = st.recursive(
@@ -270,8 +325,8 @@ def test_a_change_of_the_algorithm_must_be_allowed_and_is_logged(run, capsys):
     "ranks, batch_size, fits", [(2, 4, True), (1, 8, True), (1, 4, False), (2, 8, False), (8, 1, True)]
 )
 def test_another_number_of_ranks_must_keep_the_samples(ranks, batch_size, fits):
-    progress = progress_of(1) | {"ranks": 2, "settings": asdict(Config(batch_size=4))}
-    config = Config(batch_size=batch_size, iterations=9)
+    progress = progress_of(1) | {"ranks": 2, "settings": asdict(Config(model="toy", batch_size=4))}
+    config = Config(model="toy", batch_size=batch_size, iterations=9)
     if fits:
         assert train.allowed_changes(config, ranks, progress, []) == {}
         return

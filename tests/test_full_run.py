@@ -40,6 +40,13 @@ def test_the_tiny_run_takes_every_part_of_the_full_one(run):
 def test_a_run_leaves_videos_contact_sheets_and_an_export_for_diffusers(run, tmp_path, capsys):
     train.main(["--resume", str(run), "--export", str(tmp_path / "out")])
     assert f"exported iteration-000003 to {tmp_path / 'out'}" in capsys.readouterr().out
+    for options, message in (
+        (["--export", str(run)], f"export must be a folder that is new or empty: {run} holds files; name another"),
+        (["--export", str(tmp_path / "new"), "--allow", "eta"], "--export takes --resume and --from, nothing else"),
+    ):
+        with pytest.raises(SystemExit):
+            train.main(["--resume", str(run), *options])
+        assert message in capsys.readouterr().err
     for folder in ("iteration-000000", "iteration-000002", "iteration-000003"):
         video, fps = read_video(run / "eval" / folder / "000.mp4")
         assert video.shape == (5, 3, 64, 96) and fps == 24  # the evaluation's size, not the rollouts'

@@ -188,7 +188,7 @@ def test_machines_that_cannot_be_planned_for(refused, option):
 
 
 def test_an_existing_run_is_refused_unless_torchrun_starts_its_ranks_again(refused, tmp_path, monkeypatch):
-    (tmp_path / "made" / "old").mkdir(parents=True)
+    (tmp_path / "made" / "old" / "checkpoints").mkdir(parents=True)
     (tmp_path / "made" / "link").symlink_to(tmp_path / "nowhere")
     for name in ("old", "link"):
         message = refused("--runs", str(tmp_path / "made"), "--name", name)
