@@ -8,6 +8,8 @@ it).
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import reprlib
@@ -27,8 +29,14 @@ RUN, VIDEO, EVALUATION = "run", "video model", "evaluation"  # more groups of --
 PLAN_BOUNDS = {"gpus": (1, 10**5), "gpu_memory_gb": (1, 10**4)}  # of a dry run
 USAGE = (
     "train.py [--preset NAME] [--dry-run] [--option VALUE …]   or   "
-    "train.py --resume RUN [--iterations N | --export DIR]"
+    "train.py --resume RUN [--from CHECKPOINT] [--allow NAME,…] [--iterations N | --export DIR]"
 )
+# Settings that a resumed run may change freely: what is computed does not depend on them.
+FREE = (
+    "name runs iterations checkpoint_every keep_checkpoints eval_every micro_batch anchor_offload prompt_cache"
+    " reward_timeout"
+).split()
+PROMPT_FILES = ("prompts", "eval_prompts")  # compared by what they hold, not by their place
 
 
 @dataclass
@@ -72,6 +80,9 @@ class Config(GRPOConfig):
     )  # fmt: skip
     checkpoint_every: int = option(RUN, 10, "iterations between checkpoints", bounds=(1, 10**7))
     keep_checkpoints: int = option(RUN, 2, "newest checkpoints that are kept", bounds=(1, 1000))
+    reward_timeout: float = option(
+        RUN, 1800.0, "seconds that one call of the reward may take before the run stops", bounds=(1, 10**6)
+    )
 
     model: str = option(
         VIDEO, "", "the policy: toy, tiny, or a hub id or local folder of HunyuanVideo-1.5 in diffusers format"
@@ -157,7 +168,7 @@ class Config(GRPOConfig):
             return
         run = Path(self.runs) / self.name
         started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if self.name and os.path.lexists(run) and not started_again:
+        if self.name and checkpoint.is_taken(run) and not started_again:
             raise ValueError(f"{run} exists; continue it with --resume {run}, or choose another --name")
 
     def check_video_model(self):
@@ -298,12 +309,11 @@ def command_line():
         allow_abbrev=False,
     )
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from [default: toy]")
-    parser.add_argument(
-        "--resume", metavar="RUN", help="run folder to continue; takes --iterations or --export, nothing else"
-    )
-    parser.add_argument(
-        "--export", metavar="DIR", help="with --resume: write the newest checkpoint for diffusers, and stop"
-    )
+    parser.add_argument("--resume", metavar="RUN", help="run folder to continue, with the settings of its config.json")
+    parser.add_argument("--from", dest="origin", metavar="CHECKPOINT", help="with --resume: not the newest one")
+    allow = "with --resume: settings that may differ from the checkpoint's"
+    parser.add_argument("--allow", metavar="NAME,…", default="", help=allow)
+    parser.add_argument("--export", metavar="DIR", help="with --resume: write the checkpoint for diffusers, and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, and stop")
     parser.add_argument(
         "--gpus", type=int, help="dry run: GPUs to plan for [default: this launch's; video models without one: 8]"
@@ -335,8 +345,15 @@ def resolve(options):
     """The Config of a command line, checked; a ValueError or an OSError says what cannot be."""
     names = [field.name for field in dataclasses.fields(Config)]
     given = {name: value for name, value in vars(options).items() if name in names}
+    options.allow = [name for name in options.allow.split(",") if name]
+    foreign = sorted(set(options.allow) - {*names, checkpoint.LOG})
+    if foreign:
+        known = f"names of settings, or {checkpoint.LOG}, with commas between"
+        raise ValueError(f"--allow takes {known}: got {', '.join(foreign)}")
     if options.resume == "":
         raise ValueError("--resume must name a run folder: got ''; a shell variable in the command is probably unset")
+    if not options.resume and (options.allow or options.origin is not None):
+        raise ValueError("--from and --allow belong to a run that goes on: add --resume RUN")
     if options.resume:
         config = resumed_config(options, given, names)
     else:
@@ -377,19 +394,66 @@ def check_export(config, options):
 
 
 def resumed_config(options, given, names):
-    """The settings of a run that goes on: its own, but for the number of iterations."""
+    """The settings of a run that goes on: those of its config.json, but for the number of iterations.
+
+    `allowed_changes` compares them with the checkpoint's, once its files are verified.
+    """
     refused = sorted(given.keys() - {"iterations"})
     if options.preset:
         refused.append("preset")
     if refused:
-        raise ValueError(f"--resume keeps a run's own settings; only --iterations may change: got {', '.join(refused)}")
-    config = Config(**checkpoint.read_settings(options.resume, names) | given)
-    done = checkpoint.last_iteration(options.resume)
-    if config.iterations < done:
         raise ValueError(
+            "--resume takes a run's settings from its config.json; only --iterations may change: got "
+            f"{', '.join(refused)}; to change another setting, edit that file and name it in --allow"
+        )
+    return Config(**checkpoint.read_settings(options.resume, names) | given)
+
+
+def prompt_digests(config):
+    """{setting: SHA-256} of the prompts in a run's two files, which may move but not change under a run."""
+    if config.model == TOY:
+        return {}
+    digests = {}
+    for name in PROMPT_FILES:
+        text = json.dumps(read_prompts(getattr(config, name)))
+        digests[name] = hashlib.sha256(text.encode()).hexdigest()
+    return digests
+
+
+def allowed_changes(config, ranks, progress, allowed):
+    """{name: [old, new]} of the settings that differ from a checkpoint's; FolderError where one is not in `allowed`.
+
+    A checkpoint of a version that had no such setting counts as having its default.
+    """
+    done = progress["iteration"]
+    if config.iterations < done:
+        raise checkpoint.FolderError(
             f"iterations must be at least those that the run has made: got {config.iterations}, it has made {done}"
         )
-    return config
+    known = {field.name for field in dataclasses.fields(Config)}
+    try:
+        saved = Config(**{name: value for name, value in progress["settings"].items() if name in known})
+    except ValueError as error:
+        raise checkpoint.FolderError(f"the checkpoint's own settings cannot be: {error}") from None
+    changes = {}
+    for name in sorted(known - {*FREE, *PROMPT_FILES, "batch_size"}):
+        if getattr(saved, name) != getattr(config, name):
+            changes[name] = [getattr(saved, name), getattr(config, name)]
+    now = prompt_digests(config)
+    for name, digest in progress["prompt_digests"].items():
+        if digest != now.get(name):
+            changes[name] = [f"prompts of SHA-256 {digest!s:.12}…", f"{now.get(name)!s:.12}…"]
+    if saved.batch_size * progress["ranks"] != config.batch_size * ranks:
+        old, new = f"{saved.batch_size} × {progress['ranks']} ranks", f"{config.batch_size} × {ranks} ranks"
+        changes["batch_size"] = [old, new]
+    refused = {name: change for name, change in changes.items() if name not in allowed}
+    if refused:
+        described = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in refused.items())
+        raise checkpoint.FolderError(
+            f"a run goes on with the settings of its checkpoint: got {described}. Put them back in config.json, or "
+            f"change the algorithm on purpose with --allow {','.join(changes)}, which the log will record"
+        )
+    return changes
 
 
 def preset_config(preset, given):

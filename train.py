@@ -6,6 +6,7 @@
     python train.py --preset release ...   the same with the settings of the released script
     torchrun ... train.py --preset paper   over several machines
     python train.py --resume runs/toy-1    go on where a run stopped, bit for bit on a CPU
+    ... --resume RUN --from iteration-000002 --allow eta   from an older checkpoint; with a changed config.json
     add --dry-run                          print settings and plan, start nothing
 
 The loop is `train`. What it calls: collect, update and evaluate in grpo.py, the settings in config.py, the run folder
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +28,15 @@ from tqdm import tqdm
 
 import checkpoint
 import pictures
-from checkpoint import Interrupt, generator
-from config import TINY, TOY, arithmetic, parse, planned_ranks, print_memory
+from checkpoint import generator
+from config import TINY, TOY, allowed_changes, arithmetic, parse, planned_ranks, print_memory, prompt_digests
 from grpo import AllRanks, OneRank, collect, evaluate, update
 from prompts import read_prompts
 from sde import SDE, sigma_schedule
 from toy import world
 from toy.model import ToyPolicy
 from trust_region import Anchor, kl_weights
+from watch import WATCH, Interrupt, TimedReward, enter, run_as_rank
 
 
 # ------------------------------------------------------------------------------------------------ ranks
@@ -41,7 +44,7 @@ def launch_on_all_gpus(config):
     """`python train.py` on a machine with several GPUs becomes torchrun on all of them.
 
     After Ctrl-C torchrun kills its ranks in 30 s, unless told otherwise: too soon for the end of an iteration and its
-    checkpoint.
+    checkpoint. It gives the same hour to ranks whose neighbour has died; they end by themselves: see watch.py.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     count = torch.cuda.device_count()
@@ -50,17 +53,42 @@ def launch_on_all_gpus(config):
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
+def join_ranks(backend, timeout):
+    """init_process_group, for restarts, too.
+
+    torchrun's store outlives a restart, and PyTorch (2.11 to 2.13) looks up the ranks' addresses in it under the same
+    names each time: a rank that comes before another then connects to the one that has died. On one machine the count
+    of restarts keeps them apart; each machine counts for itself, so that several cannot agree on such a name.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["GROUP_WORLD_SIZE"] != "1":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+
+
 def setup_ranks(config):
-    """(ranks, device, mesh) of this process; the mesh is None on one process."""
+    """(ranks, device, mesh) of this process; the mesh is None on one process.
+
+    A collective fails after reward_timeout and half an hour more: one rank may be in its reward that long while the
+    others wait for it, and half an hour leaves room for a save or a slow disk. That is for hangs that watch.py does not
+    see. NCCL then ends the process, by PyTorch's default for TORCH_NCCL_ASYNC_ERROR_HANDLING, 3.
+    """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() and config.model != TOY else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        WATCH.start(OneRank())
         return OneRank(), device, None
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return AllRanks(), device, dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        join_ranks(backend, timedelta(seconds=config.reward_timeout + 1800))
+    ranks = AllRanks()
+    WATCH.start(ranks)
+    return ranks, device, dist.init_device_mesh(device.type, (ranks.world,))
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -212,6 +240,7 @@ def run_evaluation(policy, reward, prompts, config, iteration, run, ranks):
     samples_before.npy (iteration 0) or samples_after.npy: uint8 thumbnails [prompts · eval_noises, F', 3, H', W'], the
     noises of a prompt beside each other. Of the video model also an mp4 for each prompt and a contact sheet.
     """
+    enter("an evaluation")
     repeated = [prompt for prompt in prompts for _ in range(config.eval_noises)]
     ode = SDE(config.sde_type, 0.0, sigma_schedule(config.eval_steps, config.shift))
     noise = [generator(config.seed, "eval", place) for place in range(len(repeated))]
@@ -221,18 +250,22 @@ def run_evaluation(policy, reward, prompts, config, iteration, run, ranks):
         import hunyuan
 
         latent_shape = hunyuan.latent_shape(config.frames, config.eval_height, config.eval_width)
-        folder.mkdir(parents=True, exist_ok=True)
     keep = partial(keep_video, config, folder, ranks)
     metrics, thumbnails = evaluate(policy, reward, repeated, latent_shape, ode, noise, config, ranks, keep)
     if ranks.rank == 0:
-        np.save(samples_file(run, iteration), thumbnails.numpy())
-        if config.model != TOY:
-            pictures.contact_sheet(thumbnails.numpy(), repeated, folder / "contact_sheet.png")
+        keep_thumbnails(config, folder, run, iteration, thumbnails.numpy(), repeated)
     return metrics
 
 
-def samples_file(run, iteration):
-    return run / ("samples_before.npy" if iteration == 0 else "samples_after.npy")
+def keep_thumbnails(config, folder, run, iteration, thumbnails, prompts):
+    """samples_before.npy or samples_after.npy, and the video model's contact sheet. A full disk costs these alone."""
+    name = "samples_before.npy" if iteration == 0 else "samples_after.npy"
+    with checkpoint.warn_of_failure(f"writing {run / name}"):
+        np.save(run / f"tmp-{name}", thumbnails)
+        (run / f"tmp-{name}").replace(run / name)
+    if config.model != TOY:
+        with checkpoint.warn_of_failure(f"writing the contact sheet in {folder}"):
+            pictures.contact_sheet(thumbnails, prompts, folder / "contact_sheet.png")
 
 
 def keep_video(config, folder, ranks, place, video):
@@ -240,16 +273,17 @@ def keep_video(config, folder, ranks, place, video):
     if config.model != TOY:
         from videoalign import write_video
 
-        own = folder / f"rank-{ranks.rank}.mp4"  # two ranks may make one video, where evaluate wraps around
-        write_video(own, video, config.fps)
-        own.replace(folder / f"{place:03d}.mp4")
+        with checkpoint.warn_of_failure(f"writing a video in {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            own = folder / f"rank-{ranks.rank}.mp4"  # two ranks may make one video, where evaluate wraps around
+            write_video(own, video, config.fps)
+            own.replace(folder / f"{place:03d}.mp4")
     return pictures.thumbnail(video)
 
 
-def evaluation_is_due(config, iteration, line, run):
-    """At the start, every eval_every iterations and at the end, unless it is in the log already, with its samples."""
-    on_schedule = iteration == config.iterations or iteration % config.eval_every == 0
-    return on_schedule and not ("eval_reward" in line and samples_file(run, iteration).exists())
+def evaluation_is_due(config, iteration):
+    """At the start, every eval_every iterations, and at the end."""
+    return iteration == config.iterations or iteration % config.eval_every == 0
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -262,12 +296,15 @@ def main(arguments=None):
         launch_on_all_gpus(config)
     settle_vector_math()
     ranks, device, mesh = setup_ranks(config)
-    if options.export:
-        export(config, options, ranks, device, mesh)
-        return
-    preset = config.model if config.model in (TOY, TINY) else options.preset or "paper"
-    run = checkpoint.open_run(options.resume, config.runs, config.name, preset, asdict(config))
-    train(config, run, bool(options.resume), ranks, device, mesh)
+    try:
+        if options.export:
+            export(config, options, ranks, device, mesh)
+        else:
+            start(config, options, ranks, device, mesh)
+    except checkpoint.FolderError as error:  # the same one on all ranks
+        if ranks.rank == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def print_plan(config, options):
@@ -281,63 +318,90 @@ def print_plan(config, options):
 def export(config, options, ranks, device, mesh):
     import hunyuan
 
+    chosen = checkpoint.choose(options.resume, options.origin)
     policy = load_hunyuan(config, Path(options.resume), device, mesh)
-    checkpoint.load_weights(checkpoint.latest(options.resume), policy.module)
+    checkpoint.load_weights(chosen, policy.module)
     hunyuan.export(policy, options.export)
     if ranks.rank == 0:
-        print(f"exported to {options.export}")
+        print(f"exported {chosen.path.name} to {options.export}")
 
 
-def train(config, run, resumed, ranks, device, mesh):
+def start(config, options, ranks, device, mesh):
+    """Open the run folder and verify what is in it, before anything is built; then train."""
+    preset = config.model if config.model in (TOY, TINY) else options.preset or "paper"
+    run, goes_on, restarted = checkpoint.open_run(options.resume, config.runs, config.name, preset)
+    chosen, changes, log = None, {}, checkpoint.Log(run)
+    if goes_on:
+        chosen = checkpoint.choose(run, None if restarted else options.origin)
+        changes = allowed_changes(config, ranks.world, chosen.progress, options.allow)
+        log = checkpoint.Log(run, chosen.progress["log"], renew=checkpoint.LOG in options.allow)
+        if log.renewed:
+            changes[checkpoint.LOG] = ["damaged", "begun anew"]
+    checkpoint.write_settings(run, asdict(config))
+    if train(config, run, chosen, changes, log, ranks, device, mesh):
+        checkpoint.forget_launch(config.runs)
+
+
+def train(config, run, chosen, changes, log, ranks, device, mesh):
+    """Train from a Checkpoint, or from the start where `chosen` is None. Returns whether all iterations were made."""
     first = ranks.rank == 0
     if first:
         print(arithmetic(config, ranks.world))
     policy, reward, eval_reward, prompts, eval_prompts = build(config, run, ranks, device, mesh)
+    reward = TimedReward(reward, config.reward_timeout)
+    eval_reward = TimedReward(eval_reward, config.reward_timeout)
     optimizers = make_optimizers(policy.module, config)
     anchor = make_anchor(policy.module, config)
     sde = config.sde()
-    iteration, steps_made = 0, 0  # iterations, and optimizer steps, that the run has made
-    if resumed:
-        progress = checkpoint.load(checkpoint.latest(run), policy.module, optimizers, anchor)
-        iteration, steps_made = progress["iteration"], progress["optimizer_steps_made"]
-    log = checkpoint.read_log(run, iteration)  # all ranks read it, the first one writes it
-    if evaluation_is_due(config, iteration, log[-1], run):  # a new run, or one that was killed in its evaluation
-        log[-1] |= run_evaluation(policy, eval_reward, eval_prompts, config, iteration, run, ranks)
-        checkpoint.write_log(run, log)
+    digests = prompt_digests(config)
+    iteration, steps_made, line = 0, 0, {"iteration": 0}  # iterations, and optimizer steps, that the run has made
+    if chosen is not None:
+        checkpoint.load(chosen, policy.module, optimizers, anchor)
+        checkpoint.set_aside_newer(chosen)
+        iteration, steps_made = chosen.progress["iteration"], chosen.progress["optimizer_steps_made"]
+        line = chosen.progress["line"]
+        checkpoint.note_launch(config.runs, run)
+    checkpoint.check_room(run / "checkpoints", policy.module, optimizers, anchor, config.keep_checkpoints)
+    if evaluation_is_due(config, iteration):  # a resumed run makes the one after its checkpoint again
+        line |= run_evaluation(policy, eval_reward, eval_prompts, config, iteration, run, ranks)
+    log.append(line)
 
     interrupt, board = Interrupt(), checkpoint.tensorboard(run) if first else None
-    bar = tqdm(initial=iteration, total=config.iterations, desc=run.name, disable=not first)
+    bar = tqdm(initial=iteration, total=config.iterations, desc=run.name, disable=not (first and sys.stderr.isatty()))
     stop = False
     while iteration < config.iterations and not stop:
         noise = sample_generators(config, "noise", iteration, ranks)
         orders = sample_generators(config, "order", iteration, ranks)
         texts = own_prompts(prompts, config, iteration, ranks)
+        enter("its rollout")
         batch = collect(policy, reward, texts, sde, noise, config, steps_made, ranks, partial(show_step, bar, config))
+        enter("its update")
         metrics, steps_made = update(policy, batch, config, optimizers, anchor, orders, iteration, steps_made, ranks)
-        for cause in getattr(reward, "failures", []):
+        for cause in reward.failures:
             print(f"rank {ranks.rank}, iteration {iteration + 1}: not scored: {cause}", file=sys.stderr)
         iteration += 1
-        log.append({"iteration": iteration, **batch.metrics, **metrics, "optimizer_steps_made": steps_made})
-        checkpoint.write_log(run, log)
+        line = {"iteration": iteration, **batch.metrics, **metrics, "optimizer_steps_made": steps_made}
+        if changes:  # settings that the run went on with; the first line that they made says so
+            line["allowed"], changes = changes, {}
 
         stop = bool(ranks.gather(torch.tensor([interrupt.asked], device=device)).any())  # all ranks stop together
         if stop or iteration == config.iterations or iteration % config.checkpoint_every == 0:
-            progress = {"iteration": iteration, "optimizer_steps_made": steps_made}
+            progress = {"iteration": iteration, "optimizer_steps_made": steps_made, "line": line, "log": log.position()}
+            progress |= {"ranks": ranks.world, "settings": asdict(config), "prompt_digests": digests}
+            enter("a save")
             checkpoint.save(run / "checkpoints", policy.module, optimizers, anchor, progress, config.keep_checkpoints)
-        if evaluation_is_due(config, iteration, log[-1], run):  # after the save, so that nothing is lost where it fails
-            log[-1] |= run_evaluation(policy, eval_reward, eval_prompts, config, iteration, run, ranks)
-            checkpoint.write_log(run, log)
-            if first:
-                pictures.curves(log, config.clip_range, run / "curves.png")
-        show_iteration(bar, board, log[-1])
+        if evaluation_is_due(config, iteration):  # after the save, so that nothing is lost where it fails
+            line |= run_evaluation(policy, eval_reward, eval_prompts, config, iteration, run, ranks)
+        log.append(line)  # a line is written once, as a whole
+        if first and "eval_reward" in line:
+            draw_curves(run, config)
+        if first:
+            show_iteration(bar, board, line)
     bar.close()
-    if not first:
-        return
-    if iteration == config.iterations:
-        pictures.report(run, log, config, eval_prompts)
-    else:
-        pictures.curves(log, config.clip_range, run / "curves.png")
-        print(f"stopped after iteration {iteration}; go on with: python train.py --resume {run}")
+    done = iteration == config.iterations
+    if first:
+        show_end(config, run, iteration, done, eval_prompts)
+    return done
 
 
 def show_step(bar, config, k):
@@ -345,15 +409,38 @@ def show_step(bar, config, k):
 
 
 def show_iteration(bar, board, line):
+    """On the bar, or as a line of its own where stderr is a file: a bar would fill it with its redrawings."""
     bar.update()
     kl = line.get("kl_position", line["kl_velocity"])
     bar.set_postfix(reward=f"{line['reward_mean']:.3f}", kl=f"{kl:.1e}")
+    if bar.disable:
+        seconds = line["rollout_seconds"] + line["update_seconds"]
+        numbers = f"reward {line['reward_mean']:.4f}, KL {kl:.1e}, gradient norm {line['grad_norm']:.3g}"
+        evaluated = f", evaluated {line['eval_reward']:.4f}" if "eval_reward" in line else ""
+        told = f"iteration {line['iteration']} of {bar.total}: {numbers}, {seconds:.1f} s{evaluated}"
+        print(told, file=sys.stderr, flush=True)
     if board is not None:
         for name, value in line.items():
-            board.add_scalar(name, value, line["iteration"])
+            if name != "allowed":
+                board.add_scalar(name, value, line["iteration"])
+
+
+def draw_curves(run, config):
+    with checkpoint.warn_of_failure("drawing the curves", Exception):
+        pictures.curves(checkpoint.read_log(run), config.clip_range, run / "curves.png")
+
+
+def show_end(config, run, iteration, done, eval_prompts):
+    """Draw the run, which is saved by now. Where an older file that the pictures show is damaged, there are none."""
+    if done:
+        with checkpoint.warn_of_failure("drawing the run's pictures", Exception):
+            pictures.report(run, checkpoint.read_log(run), config, eval_prompts)
+    else:
+        draw_curves(run, config)
+        print(f"stopped after iteration {iteration}; go on with: python train.py --resume {run}")
 
 
 if __name__ == "__main__":
-    main()
+    run_as_rank(main)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,12 +1,4 @@
-"""The full run's path on the real classes with tiny random weights: a whole run, its export, killed saves."""
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""The full run's path on the real classes with tiny random weights: a whole run and its export."""
 
 import pytest
 import torch
@@ -17,9 +9,6 @@ import train
 from config import parse
 from videoalign import read_video
 
-ROOT = Path(train.__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -27,10 +16,6 @@ def one_thread():
     torch.set_num_threads(1)  # matrices this small lose time to a second thread
     yield
     torch.set_num_threads(before)
-
-
-def lines_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +27,7 @@ def run(tmp_path_factory):
 
 
 def test_the_tiny_run_takes_every_part_of_the_full_one(run):
-    lines = lines_of(run)
+    lines = checkpoint.read_log(run)
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3] and lines[-1]["optimizer_steps_made"] == 3
     # 4 samples × 4 steps × guidance; in the second iteration as many reference passes
     assert [line["update_passes"] for line in lines[1:]] == [32, 64, 32]
@@ -54,7 +39,7 @@ def test_the_tiny_run_takes_every_part_of_the_full_one(run):
 
 def test_a_run_leaves_videos_contact_sheets_and_an_export_for_diffusers(run, tmp_path, capsys):
     train.main(["--resume", str(run), "--export", str(tmp_path / "out")])
-    assert f"exported to {tmp_path / 'out'}" in capsys.readouterr().out
+    assert f"exported iteration-000003 to {tmp_path / 'out'}" in capsys.readouterr().out
     for folder in ("iteration-000000", "iteration-000002", "iteration-000003"):
         video, fps = read_video(run / "eval" / folder / "000.mp4")
         assert video.shape == (5, 3, 64, 96) and fps == 24  # the evaluation's size, not the rollouts'
@@ -63,9 +48,8 @@ def test_a_run_leaves_videos_contact_sheets_and_an_export_for_diffusers(run, tmp
     config, _ = parse(["--resume", str(run)])
     policy, *_, prompts = train.build(config, run, train.OneRank(), torch.device("cpu"), None)
     module = policy.module
-    checkpoint.load(
-        checkpoint.latest(run), module, train.make_optimizers(module, config), train.make_anchor(module, config)
-    )
+    optimizers, anchor = train.make_optimizers(module, config), train.make_anchor(module, config)
+    checkpoint.load(checkpoint.choose(run), module, optimizers, anchor)
     stock = HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path / "out")
     x, sigma = torch.randn(1, *policy.latent_shape, generator=train.generator("x")), torch.tensor([0.7])
     conditions = policy.encode(prompts[:1])
@@ -76,38 +60,3 @@ def test_a_run_leaves_videos_contact_sheets_and_an_export_for_diffusers(run, tmp
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     before = HunyuanVideo15Transformer3DModel.from_pretrained(run / "tiny" / "model", subfolder="transformer")
     assert not torch.equal(stock.proj_out.weight, before.proj_out.weight)
-
-
-SAVE_FOR_EVER = """
-import sys, torch, checkpoint
-from trust_region import Anchor
-module = torch.nn.Linear(600, 600)
-optimizers, anchor = [torch.optim.AdamW(module.parameters())], Anchor(module, 2)
-module(torch.ones(1, 600)).sum().backward()
-optimizers[0].step()
-for iteration in range(1, 10**6):
-    with torch.no_grad():
-        module.weight.fill_(iteration)
-    checkpoint.save(sys.argv[1] + "/checkpoints", module, optimizers, anchor, {"iteration": iteration})
-    print(iteration, flush=True)
-"""
-
-
-@pytest.mark.parametrize("moment", range(6))
-def test_a_killed_save_leaves_a_resumable_run(tmp_path, moment):
-    """kill -9 at six moments of a loop that does nothing but save: the newest checkpoint is whole and current."""
-    command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    announced = [int(process.stdout.readline()) for _ in range(2)][-1]
-    time.sleep(0.007 * moment)
-    process.send_signal(signal.SIGKILL)
-    announced = max([announced, *map(int, process.communicate()[0].split())])
-    module = torch.nn.Linear(600, 600)
-    optimizers, anchor = [torch.optim.AdamW(module.parameters())], train.Anchor(module, 2)
-    progress = checkpoint.load(checkpoint.latest(tmp_path), module, optimizers, anchor)
-    # One more than announced where it was killed between the rename and the announcement.
-    assert progress["iteration"] in (announced, announced + 1)
-    assert (module.weight == progress["iteration"]).all()
-    folder = tmp_path / "checkpoints"
-    checkpoint.save(folder, module, optimizers, anchor, {"iteration": progress["iteration"] + 1})
-    assert not list(folder.glob("tmp-*")) and len(checkpoint.complete(folder)) == 2
