@@ -98,6 +98,14 @@ class Config(GRPOConfig):
     guidance_scale: float = option(
         VIDEO, 6.0, "classifier-free guidance, in rollout and training [release: 6.0]", video=True, bounds=(0.1, 100)
     )
+    guidance_gradient: str = option(
+        VIDEO,
+        "both",
+        "branches of guidance that are trained; conditional alone saves a pass of every two: its partner is stored by "
+        "the rollout [release: both]",
+        ("both", "conditional"),
+        video=True,
+    )
     prompts: str = option(
         VIDEO, STARTER_TRAIN, "training prompts: .txt (one a line), .csv or .jsonl (prompt)", video=True
     )
@@ -494,6 +502,7 @@ def arithmetic(config, ranks):
     micro_batches = per_step * config.optimizer_steps
     guided = config.model != TOY and config.guidance_scale != 1
     passes = config.batch_size * (2 if guided else 1)
+    trained_passes = config.batch_size * (2 if guided and config.guidance_gradient == "both" else 1)
     doubled = ", doubled by guidance" if guided else ""
     prompts = samples // config.group_size
     sizes = f"{config.batch_size} / {config.micro_batch} × {trained}"
@@ -504,13 +513,15 @@ def arithmetic(config, ranks):
         f"micro-batches            {micro_batches} = {sizes} per iteration and rank",
         f"optimizer steps          {config.optimizer_steps} per iteration, of {per_step} micro-batches each;"
         f" {in_all} in all, {config.optimizer}",
-        f"passes per rank          rollout {passes} × {config.num_steps}, update {passes} × {trained} with gradient;"
+        f"passes per rank          rollout {passes} × {config.num_steps}, update {trained_passes} × {trained} with gradient;"
         f" counted per sample{doubled}",
     ]
+    if trained_passes < passes and config.optimizer_steps > 1:
+        lines.append("                         from the second optimizer step on as many more without gradient")
     w_pos, _ = kl_weights(config.kl_mode)
     if w_pos:
         lines.append(
-            "reference passes         one more without gradient each, unless the anchor is the rollout's policy"
+            f"reference passes         {passes} × {trained} without gradient, unless the anchor is the rollout's policy"
         )
     if config.kl_mode in ("moving", "dual"):
         often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one

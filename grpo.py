@@ -26,6 +26,8 @@ A policy is any object with
                       each condition is that of B / P samples next to each other, so that they can run as one batch
     decode(x [B, …])  -> uint8 video [B, F, C, H, W]
     passes            how many forward passes of the network velocity has made so far
+and, if a part of its guided velocity has no gradient,
+    unconditional_velocity   that part in the last call of velocity, which takes it back as a fourth argument
 A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed sample: see rewards.py. It may keep the
 causes of failures in a list `failures`. `score` is the one place that calls it.
 """
@@ -175,6 +177,7 @@ class Batch:
     sde: SDE
     conditions: list
     trajectory: Trajectory
+    unconditional: torch.Tensor | None  # [B, T, …]  what velocity takes back, until the first optimizer step
     advantages: torch.Tensor  # [B]
     valid: torch.Tensor  # [B] bool, False where the reward failed
     collected_at: int  # optimizer steps made when the rollout's weights were the policy
@@ -259,7 +262,7 @@ def call_reward(reward, videos, prompts, ranks, device):
         return {}, cause
 
 
-def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=None):
+def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=lambda k: None):
     """Roll out one sample for each of this rank's B prompts and turn their rewards into advantages.
 
     prompts: the G copies of a prompt stand next to each other in the order of all ranks together, so that a group may
@@ -273,7 +276,14 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
                 f"the {config.group_size} samples of a prompt must stand next to each other: got {prompts}; repeat "
                 "each prompt group_size times"
             )
-    conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, copies, callback)
+    unconditional = []
+
+    def after_step(k):
+        unconditional.append(getattr(policy, "unconditional_velocity", None))
+        callback(k)
+
+    conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, copies, after_step)
+    unconditional = None if unconditional[0] is None else torch.stack(unconditional, 1)
     videos = policy.decode(trajectory.states[:, -1])
     own_scores, causes = score(reward, videos, prompts, ranks, trajectory.states.device)
     scores = {name: ranks.gather(values) for name, values in own_scores.items()}  # [ranks·B]
@@ -296,7 +306,7 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     metrics["rollout_passes"] = policy.passes - passes
     metrics["rollout_seconds"] = time.perf_counter() - started
     own = slice(ranks.rank * len(prompts), (ranks.rank + 1) * len(prompts))
-    return Batch(sde, conditions, trajectory, advantages[own], valid[own], steps_made, metrics)
+    return Batch(sde, conditions, trajectory, unconditional, advantages[own], valid[own], steps_made, metrics)
 
 
 def evaluate(
@@ -405,6 +415,7 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
         if number % per_step == 0:
             grad_norms.append(optimizer_step(optimizers, parameters, config.max_grad_norm, loss.detach()))
             steps_made += 1
+            batch.unconditional = None  # the policy is no longer the one that made the rollout
     if anchor is not None:
         anchor.maybe_refresh(steps_made)
 
@@ -450,8 +461,9 @@ def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lamb
     conditions = [batch.conditions[i] for i in rows[:: samples_per_condition(config)]]
     advantages, valid = batch.advantages[rows], batch.valid[rows].to(x.dtype)
     sigma = batch.sde.sigmas[steps].to(x)
+    stored = () if batch.unconditional is None else (batch.unconditional[rows, steps],)
 
-    mean, std = batch.sde.transition(x, policy.velocity(x, sigma, conditions), steps)
+    mean, std = batch.sde.transition(x, policy.velocity(x, sigma, conditions, *stored), steps)
     log_prob_new = log_prob(x_next, mean, std)
     ratio = (log_prob_new - log_prob_old).exp()  # [b]
     policy_loss = clipped_policy_loss(ratio, advantages, config.clip_range)

@@ -85,10 +85,19 @@ class HunyuanPolicy:
     passes          its forward passes so far, counted per sample
     prompts         the PromptEncoder
     unconditional   the Prompt of the empty text; `encode` sets it
+    unconditional_velocity   that of the last call of `velocity`, where it has no gradient; else None
     """
 
     def __init__(
-        self, transformer, vae, prompts, latent_shape, guidance_scale=6.0, compute_dtype=torch.float32, micro_batch=1
+        self,
+        transformer,
+        vae,
+        prompts,
+        latent_shape,
+        guidance_scale=6.0,
+        compute_dtype=torch.float32,
+        micro_batch=1,
+        guidance_gradient="both",
     ):
         self.module = transformer
         self.vae = vae
@@ -97,8 +106,10 @@ class HunyuanPolicy:
         self.guidance_scale = guidance_scale
         self.compute_dtype = compute_dtype
         self.micro_batch = micro_batch
+        self.guidance_gradient = guidance_gradient
         self.passes = 0
         self.unconditional = None
+        self.unconditional_velocity = None
         vae.enable_slicing()  # in diffusers 0.42 the decoder fails on a batch of more than one sample
         vae.enable_tiling()  # a whole 480p video does not fit beside the transformer
 
@@ -107,7 +118,7 @@ class HunyuanPolicy:
         *conditions, self.unconditional = self.prompts([*prompts, ""])
         return conditions
 
-    def velocity(self, x, sigma, cond):
+    def velocity(self, x, sigma, cond, unconditional=None):
         """Guided velocity, noise − data:  v = v_uncond + scale·(v_cond − v_uncond).  x [B, C, F, H, W], sigma [B].
 
         cond: P Prompts, each of B / P samples that stand next to each other.
@@ -115,7 +126,9 @@ class HunyuanPolicy:
         The video may have any size. Evaluations use a larger one than rollouts, whose size is latent_shape.
 
         Rollout and training use the same guidance: the policy is the guided model, so the ratio is 1 before the first
-        update. Both passes carry gradients.
+        update. Both passes carry gradients, unless guidance_gradient is "conditional": v_uncond is then a constant. It
+        is the same number as long as the policy is the rollout's, so an update may hand in the `unconditional` velocity
+        that the rollout had, and saves its pass.
         """
         if x.ndim != 5 or x.shape[1] != CHANNELS or x.dtype != torch.float32:
             raise ValueError(f"x must be float32 [B, {CHANNELS}, F, H, W]: got {x.dtype} of shape {tuple(x.shape)}")
@@ -125,7 +138,12 @@ class HunyuanPolicy:
         conditional = self._denoise(x, sigma, cond)
         if self.guidance_scale == 1:  # the unconditional pass would have weight 0
             return conditional
-        unconditional = self._denoise(x, sigma, [self.unconditional])
+        constant = self.guidance_gradient == "conditional"
+        if unconditional is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+                unconditional = self._denoise(x, sigma, [self.unconditional])
+        if constant:
+            self.unconditional_velocity = unconditional
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _denoise(self, x, sigma, cond):
@@ -491,6 +509,7 @@ def load(
     mesh=None,
     seed=0,
     micro_batch=1,
+    guidance_gradient="both",
 ):
     """A HunyuanPolicy from a hub id or a local folder in the layout of HunyuanVideo15Pipeline.
 
@@ -499,6 +518,7 @@ def load(
     mesh        the device mesh to shard over, or None
     seed        of the LoRA's first weights, the same on every rank
     micro_batch the most samples in one forward pass
+    guidance_gradient   see HunyuanPolicy.velocity
     """
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16: got {compute_dtype}")
@@ -513,7 +533,9 @@ def load(
     vae = load_network(model, "vae", torch.float32)
     vae.to(device).requires_grad_(False)
     prompts = PromptEncoder(model, prompt_cache, device, compute_dtype)
-    return HunyuanPolicy(transformer, vae, prompts, shape, guidance_scale, compute_dtype, micro_batch)
+    return HunyuanPolicy(
+        transformer, vae, prompts, shape, guidance_scale, compute_dtype, micro_batch, guidance_gradient
+    )
 
 
 def load_network(model, name, dtype):

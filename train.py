@@ -147,6 +147,7 @@ def load_hunyuan(config, run, device, mesh):
         mesh=mesh,
         seed=config.seed,
         micro_batch=config.micro_batch,
+        guidance_gradient=config.guidance_gradient,
     )
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import hunyuan
+from grpo import GRPOConfig, collect, update
 from hunyuan import HunyuanPolicy, PromptEncoder, latent_shape, load, memory_estimate, meta_transformer, token_count
 from sde import SDE, rollout, sigma_schedule
 from tiny.hunyuan import build_tiny_hunyuan
@@ -231,6 +232,41 @@ def test_checkpointing_leaves_gradients_bit_identical(make, lora_rank):
     policy.module.disable_gradient_checkpointing()
     plain = gradients(policy, x, cond)
     assert checkpointed.keys() == plain.keys() and all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+
+
+# ------------------------------------------------------------------------------------------------ guidance's gradient
+def test_conditional_guidance_has_the_gradient_of_its_branch_alone(make):
+    policy, cond, x = make()
+    exact = policy.velocity(x, SIGMA, cond).detach()
+    policy.guidance_gradient, before = "conditional", policy.passes
+    assert torch.equal(policy.velocity(x, SIGMA, cond), exact) and policy.passes - before == 4
+    ours = gradients(policy, x, cond)
+    policy.guidance_scale = 1.0  # v = v_cond; the gradient of the guided velocity is 6 times that one's
+    alone = gradients(policy, x, cond)
+    assert ours.keys() == alone.keys()
+    largest = max(gradient.norm() for gradient in alone.values())
+    for name, gradient in alone.items():
+        assert (ours[name] - 6 * gradient).norm() < 6 * (1e-4 * gradient.norm() + 1e-7 * largest), name
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 2])
+def test_the_rollouts_unconditional_branch_is_not_computed_again(make, optimizer_steps):
+    """Until the first optimizer step; after it the branch is computed, without a gradient."""
+    policy, _, _ = make(guidance_gradient="conditional", micro_batch=2)
+    config = GRPOConfig(batch_size=4, micro_batch=2, kl_mode="none", optimizer_steps=optimizer_steps, clip_range=1e-4)
+    sde, noises = SDE("sage_grpo", 0.5, sigma_schedule(2)), [torch.Generator().manual_seed(i) for i in range(4)]
+
+    def reward(videos, prompts):
+        return {name: torch.arange(len(prompts)).float() for name in ("VQ", "MQ", "TA")}
+
+    batch = collect(policy, reward, PROMPTS[:1] * 4, sde, noises, config)
+    assert policy.passes == 4 * 2 * 2  # samples × steps × branches
+    optimizer = torch.optim.SGD(trainable(policy).values(), lr=0.1)
+    metrics, _ = update(policy, batch, config, [optimizer], None, noises, 0, 0)
+    assert metrics["update_passes"] == {1: 4 * 2, 2: 4 + 4 * 2}[optimizer_steps]
+    assert metrics["grad_norm"] > 0
+    off = max(abs(metrics["ratio_max"] - 1), abs(metrics["ratio_min"] - 1))
+    assert off < 1e-5 if optimizer_steps == 1 else off > 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ what is trained
