@@ -34,7 +34,7 @@ USAGE = (
 # Settings that a resumed run may change freely: what is computed does not depend on them.
 FREE = (
     "name runs iterations checkpoint_every keep_checkpoints eval_every micro_batch anchor_offload prompt_cache"
-    " reward_timeout"
+    " reward_timeout checkpointing"
 ).split()
 PROMPT_FILES = ("prompts", "eval_prompts")  # compared by what they hold, not by their place
 
@@ -66,6 +66,13 @@ class Config(GRPOConfig):
     )
     lora_rank: int = option(
         OPTIMIZATION, 0, "rank of the LoRA; 0 = full fine-tuning [paper: 0]", video=True, bounds=(0, 4096)
+    )
+    checkpointing: str = option(
+        OPTIMIZATION,
+        "full",
+        "what the backward pass recomputes: all, all but the attention's output (faster, more memory), or nothing",
+        ("full", "attention", "none"),
+        video=True,
     )
     anchor_offload: bool = option(
         OPTIMIZATION, False, "keep the moving anchor in host memory [release: on]", video=True

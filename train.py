@@ -148,6 +148,7 @@ def load_hunyuan(config, run, device, mesh):
         seed=config.seed,
         micro_batch=config.micro_batch,
         guidance_gradient=config.guidance_gradient,
+        checkpointing=config.checkpointing,
     )
 
 
