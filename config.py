@@ -151,6 +151,8 @@ class Config(GRPOConfig):
         if self.model == TOY and ranks > 1:
             raise ValueError(f"the toy runs on one process: got {ranks} ranks; start it with python, not torchrun")
         micro_batches_per_step(self.batch_size, self.trained_steps(), self)
+        if self.kl_steps > self.trained_steps():
+            raise ValueError(f"kl_steps are among the {self.trained_steps()} trained steps: got {self.kl_steps}")
         if self.model != TOY:
             self.check_video_model()
 
@@ -528,7 +530,7 @@ def arithmetic(config, ranks):
     w_pos, _ = kl_weights(config.kl_mode)
     if w_pos:
         lines.append(
-            f"reference passes         {passes} × {trained} without gradient, unless the anchor is the rollout's policy"
+            f"reference passes         {passes} × {config.kl_steps or trained} without gradient, unless the anchor is the rollout's policy"
         )
     if config.kl_mode in ("moving", "dual"):
         often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one

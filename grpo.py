@@ -106,6 +106,13 @@ class GRPOConfig:
     anchor_every: int = option(
         METHOD, 10, "N, optimizer steps between refreshes of the moving anchor, Eq. 13 [paper: 10]", bounds=(1, 10**7)
     )
+    kl_steps: int = option(
+        METHOD,
+        0,
+        "trained steps of an iteration that have the position KL, drawn anew and weighted so that its mean over draws "
+        "is that of all; 0 = all [paper: all]",
+        bounds=(0, 1000),
+    )
     optimizer_steps: int = option(
         OPTIMIZATION, 1, "optimizer steps per iteration [paper and release: 1]", bounds=(1, 10**4)
     )
@@ -389,13 +396,16 @@ def micro_batches_per_step(num_samples, num_trained_steps, config):
     return passes // config.optimizer_steps
 
 
-def update(policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank()):
+def update(
+    policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank(), common=None
+):
     """One pass over a batch of rollouts. Returns (metrics, optimizer steps made so far).
 
     Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. All
     trained steps of all samples go into config.optimizer_steps optimizer steps, evenly. Both terms are means over the
     steps, so a λ_KL for a literal Σ_t would be T times ours.
-    anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
+    anchor: an Anchor, or None where the KL mode has no position term. common: a generator of what all ranks draw alike,
+    for kl_steps. A sample whose reward failed takes no part.
     """
     started, passes = time.perf_counter(), policy.passes
     per_step = micro_batches_per_step(len(batch.valid), int(batch.sde.stochastic.sum()), config)
@@ -404,10 +414,11 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     )
     scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
-    means_ref = reference_means(policy, batch, config, anchor)
+    w_position = position_weights(batch.sde, config.kl_steps, common)
+    means_ref = reference_means(policy, batch, config, anchor, w_position)
     logs, grad_norms = [], []
     for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
-        loss, log = micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lambda_kl)
+        loss, log = micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, scales, lambda_kl)
         if number <= per_step:  # no optimizer step has been made yet
             check_first_ratio(log["ratio"], config.clip_range)
         (loss / per_step).backward()
@@ -427,8 +438,25 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     return metrics, steps_made
 
 
-def reference_means(policy, batch, config, anchor):
-    """Mean of each stochastic step under the anchor, [B, T, …]; None without an anchor.
+def position_weights(sde, count, generator):
+    """Weight of each step's position KL, float64 [T]: K/n at n = `count` of the K trained steps, drawn anew.
+
+    Each trained step has the mean weight 1, so the mean gradient over draws is the one with all steps, which 0 stands
+    for. The other steps need no reference pass.
+    """
+    weights = sde.stochastic.double()
+    if count:
+        if generator is None:
+            raise ValueError("kl_steps are drawn from a generator that all ranks share: got none; hand in `common`")
+        trained = sde.stochastic.nonzero().flatten()
+        chosen = trained[torch.randperm(len(trained), generator=generator)[:count]]
+        weights = torch.zeros_like(weights)
+        weights[chosen] = len(trained) / count
+    return weights
+
+
+def reference_means(policy, batch, config, anchor, w_position):
+    """Mean of each step under the anchor, [B, T, …], where w_position [T] is not 0; None without an anchor.
 
     They are computed once per iteration, as in the released code: the anchor is swapped in and out once, and it stays
     the same reference for all optimizer steps of the iteration. While the anchor is the policy that made the rollout,
@@ -440,9 +468,9 @@ def reference_means(policy, batch, config, anchor):
     if anchor.refreshed_at == batch.collected_at:
         return trajectory.means
     copies = samples_per_condition(config)
-    means = torch.full_like(trajectory.means, torch.nan)
+    means = trajectory.means.clone()  # where the weight is 0, any finite number
     with torch.no_grad(), anchor.swapped_in():
-        for k in batch.sde.stochastic.nonzero().flatten().tolist():
+        for k in w_position.nonzero().flatten().tolist():
             for rows in torch.arange(len(means)).split(config.micro_batch):
                 x = trajectory.states[rows, k]
                 sigma = batch.sde.sigmas[k].to(x).expand(len(rows))
@@ -451,7 +479,7 @@ def reference_means(policy, batch, config, anchor):
     return means
 
 
-def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lambda_kl):
+def micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, scales, lambda_kl):
     """The full objective on the samples `rows`, each at its own step of `steps`. Returns (loss, {name: detached
     [b]}).
     """
@@ -474,7 +502,7 @@ def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lamb
     log = {"ratio": ratio, "policy_loss": policy_loss, "kl_velocity": kl_velocity}
     kl_position = torch.zeros_like(kl_velocity)
     if means_ref is not None:
-        kl_position = gaussian_kl(mean, means_ref[rows, steps], std)
+        kl_position = w_position[steps].to(x) * gaussian_kl(mean, means_ref[rows, steps], std)
         log["kl_position"] = kl_position
     w_pos, w_vel = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
     kl = dual_kl(kl_position, kl_velocity, w_pos, w_vel)

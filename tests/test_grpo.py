@@ -16,6 +16,7 @@ from grpo import (
     evaluate,
     micro_batches,
     micro_batches_per_step,
+    position_weights,
     reference_means,
     update,
 )
@@ -264,7 +265,8 @@ def test_reference_means_swap_the_anchor_in_once():
         return swapped_in()
 
     anchor.swapped_in = counted
-    means = reference_means(policy, batch, replace(CONFIG, micro_batch=2), anchor)
+    every = position_weights(batch.sde, 0, None)
+    means = reference_means(policy, batch, replace(CONFIG, micro_batch=2), anchor, every)
     assert len(swaps) == 1
     for k in range(T):
         x, sigma = batch.trajectory.states[:, k], batch.sde.sigmas[k].float().expand(B)
@@ -284,6 +286,34 @@ def test_position_kl_is_measured_against_the_anchor():
     metrics, _ = one_update(policy, batch, config, anchor)
     assert metrics["kl_position"] == pytest.approx(kl.item(), rel=1e-4)
     torch.testing.assert_close(start - policy.module.weight.detach(), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_position_kl_of_some_steps_is_that_of_all_on_average():
+    """Gradient and metric, over all ten choices of 2 of 5 steps; and the other steps cost no reference pass."""
+    config = replace(CONFIG, kl_mode="fixed", kl_schedule="fixed", kl_lambda=0.3)
+    sde, choices = SDE("sage_grpo", 0.5, sigma_schedule(T)), {}
+    for seed in range(100):
+        weights = position_weights(sde, 2, torch.Generator().manual_seed(seed))
+        choices[tuple(weights.nonzero().flatten().tolist())] = seed
+    assert len(choices) == math.comb(T, 2)
+
+    def change(kl_steps, seed=0):
+        policy, batch = rolled_out(config, sde)
+        anchor, start = shifted_anchor(policy, batch), policy.module.weight.detach().clone()
+        optimizer, common = torch.optim.SGD(policy.module.parameters(), lr=1.0), torch.Generator().manual_seed(seed)
+        drawn, given = replace(config, kl_steps=kl_steps), generators(100)
+        metrics, _ = update(policy, batch, drawn, [optimizer], anchor, given, 0, 7, common=common)
+        assert metrics["update_passes"] == T + (kl_steps or T)
+        return policy.module.weight.detach() - start, metrics["kl_position"]
+
+    some = [change(2, seed) for seed in choices.values()]
+    changes, metrics = torch.stack([weights for weights, _ in some]), [metric for _, metric in some]
+    whole, metric = change(0)
+    torch.testing.assert_close(changes.mean(0), whole, rtol=1e-4, atol=1e-6)
+    assert sum(metrics) / len(metrics) == pytest.approx(metric, rel=1e-4)
+    assert (changes[0] - changes[1]).abs().max() > 1e-3 and max(metrics) > 1.1 * min(metrics)
+    with pytest.raises(ValueError, match="kl_steps are drawn from a generator"):
+        position_weights(sde, 2, None)
 
 
 def test_the_velocity_term_has_its_weight_and_form():
@@ -492,8 +522,9 @@ def calls_of_rank(ranks, config):
     made = list(calls)
     # Every pass had the right conditions: the update's are the rollout's, and the reference's are those of one by one.
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)
-    one_by_one = reference_means(policy, batch, replace(config, micro_batch=1), anchor)
-    torch.testing.assert_close(reference_means(policy, batch, config, anchor), one_by_one)
+    every = position_weights(sde, 0, None)
+    one_by_one = reference_means(policy, batch, replace(config, micro_batch=1), anchor, every)
+    torch.testing.assert_close(reference_means(policy, batch, config, anchor, every), one_by_one)
     x, sigma = batch.trajectory.states[:, 0], torch.ones(len(prompts))
     mean, _ = sde.transition(x, policy.velocity(x, sigma, policy.encode(prompts)), 0)
     torch.testing.assert_close(batch.trajectory.means[:, 0], mean)
