@@ -47,6 +47,14 @@ class Config(GRPOConfig):
     shift: float = option(METHOD, 5.0, "shift of the sigma schedule [release: 5]", bounds=(0.1, 100))
     sde_type: str = option(METHOD, "sage_grpo", "sampler of Table 1, or our exact [paper: sage_grpo]", SDE_TYPES)
     eta: float = option(METHOD, 0.5, "η, exploration scale; at most 1 for cps [release: 0.5]", bounds=(1e-3, 10))
+    sde_steps: int = option(
+        METHOD,
+        0,
+        "steps of an iteration that have noise and are trained, drawn anew from the first sde_share of the schedule, "
+        "the others are ODE steps; 0 = all [paper: all]",
+        bounds=(0, 1000),
+    )
+    sde_share: float = option(METHOD, 0.6, "share of the schedule that sde_steps are drawn from", bounds=(1e-3, 1))
     noisy_last_step: bool = option(METHOD, True, "inject noise in the last step, too, and train it [release: on]")
 
     optimizer: str = option(
@@ -221,9 +229,20 @@ class Config(GRPOConfig):
                 raise ValueError(f"--{name} must be the folder of VideoAlign's {what}: got {given!r}, see the README")
         videoalign.check_folder(Path(self.videoalign), self.videoalign_repo)
 
-    def sde(self):
-        """The sampler of the rollouts."""
-        return SDE(self.sde_type, self.eta, sigma_schedule(self.num_steps, self.shift), self.noisy_last_step)
+    def sde(self, iteration=0):
+        """The sampler of an iteration's rollouts, on all ranks the same."""
+        sigmas = sigma_schedule(self.num_steps, self.shift)
+        sde = SDE(self.sde_type, self.eta, sigmas, self.noisy_last_step)
+        if not self.sde_steps:
+            return sde
+        first = math.ceil(self.sde_share * self.num_steps)
+        candidates = sde.stochastic[:first].nonzero().flatten()
+        if self.sde_steps > len(candidates):
+            rule = f"sde_steps are drawn from the {len(candidates)} noisy steps in the first sde_share of the schedule"
+            raise ValueError(f"{rule}: got {self.sde_steps}; lower it, or raise sde_share or num_steps")
+        order = torch.randperm(len(candidates), generator=checkpoint.generator(self.seed, "sde_steps", iteration))
+        drawn = candidates[order[: self.sde_steps]]
+        return SDE(self.sde_type, self.eta, sigmas, self.noisy_last_step, drawn)
 
     def trained_steps(self):
         """Steps of a rollout that have noise, and so a log-probability."""

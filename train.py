@@ -354,7 +354,6 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     eval_reward = TimedReward(eval_reward, config.reward_timeout)
     optimizers = make_optimizers(policy.module, config)
     anchor = make_anchor(policy.module, config)
-    sde = config.sde()
     digests = prompt_digests(config)
     iteration, steps_made, line = 0, 0, {"iteration": 0}  # iterations, and optimizer steps, that the run has made
     if chosen is not None:
@@ -374,6 +373,7 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     while iteration < config.iterations and not stop:
         noise = sample_generators(config, "noise", iteration, ranks)
         orders = sample_generators(config, "order", iteration, ranks)
+        sde = config.sde(iteration)
         common = generator(config.seed, "kl_steps", iteration)
         texts = own_prompts(prompts, config, iteration, ranks)
         enter("its rollout")

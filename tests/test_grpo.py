@@ -349,6 +349,26 @@ def test_lambda_follows_its_schedule():
     assert seen == [1e-7, 1e-7, 1e-5]
 
 
+def test_noise_and_training_on_some_steps():
+    """The others are steps of the ODE, and the update is the gradient of Eq. 4 over the noisy ones alone."""
+    sde = SDE("sage_grpo", 0.5, sigma_schedule(T), noisy_steps=torch.tensor([3, 1]))
+    policy, batch = rolled_out(sde=sde)
+    assert sde.stochastic.tolist() == [False, True, False, True, False]
+    for k in (0, 2, 4):
+        x, sigma = batch.trajectory.states[:, k], sde.sigmas[k].float().expand(B)
+        with torch.no_grad():
+            euler = x - (sde.sigmas[k] - sde.sigmas[k + 1]).float() * policy.velocity(x, sigma, batch.conditions)
+        torch.testing.assert_close(batch.trajectory.states[:, k + 1], euler, rtol=1e-5, atol=1e-6)
+    scales, total = equalizer_scales(sde).float(), 0.0
+    for k in (1, 3):
+        x, sigma = batch.trajectory.states[:, k], sde.sigmas[k].float().expand(B)
+        mean, std = sde.transition(x, policy.velocity(x, sigma, batch.conditions), k)
+        per_sample = -batch.advantages * scales[k] * log_prob(batch.trajectory.states[:, k + 1], mean, std)
+        total = total + per_sample.mean() / 2
+    (gradient,) = torch.autograd.grad(total, policy.module.weight)
+    torch.testing.assert_close(-weight_change(policy, batch, CONFIG), gradient, rtol=1e-4, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------- failures
 def failing(place):
     def scores(x, prompts):
