@@ -34,7 +34,7 @@ USAGE = (
 # Settings that a resumed run may change freely: what is computed does not depend on them.
 FREE = (
     "name runs iterations checkpoint_every keep_checkpoints eval_every micro_batch anchor_offload prompt_cache"
-    " reward_timeout checkpointing"
+    " reward_timeout checkpointing attention"
 ).split()
 PROMPT_FILES = ("prompts", "eval_prompts")  # compared by what they hold, not by their place
 
@@ -80,6 +80,13 @@ class Config(GRPOConfig):
         "full",
         "what the backward pass recomputes: all, all but the attention's output (faster, more memory), or nothing",
         ("full", "attention", "none"),
+        video=True,
+    )
+    attention: str = option(
+        OPTIMIZATION,
+        "auto",
+        "kernel of the joint attention, with and without a gradient; auto: the first of these that runs",
+        ("auto", "flash", "cudnn", "efficient", "math"),
         video=True,
     )
     anchor_offload: bool = option(

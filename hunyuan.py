@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
-from videoalign import read_json
+from videoalign import exact_float32, read_json
 
 # The networks of a model, each with the name of its file of weights.
 NETWORKS = {
@@ -70,9 +72,14 @@ REQUIRED = {
     "text_encoder_2": {},
 }
 
-# How much of the blocks' activations the backward pass recomputes: all, all but the attention's outputs, nothing.
-CHECKPOINTING = ("full", "attention", "none")
-ATTENTION_KERNELS = (
+# The kernels of attention, in the order in which `auto` looks for one that runs.
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+FUSED_ATTENTION = (  # what they call
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -214,7 +221,13 @@ class UnmaskedAttention:
 
     The stock processor builds a bool mask [B, 1, S, S] in every block. At 81 frames of 480p a copy takes 1.17 GiB, and
     with a mask the flash kernels cannot be used. Here nothing needs a mask: HunyuanPolicy.velocity passes no padding.
+
+    kernels: those of KERNELS that PyTorch may take. `load` gives one, so that rollout and update, without and with a
+    gradient, round alike.
     """
+
+    def __init__(self, kernels=tuple(KERNELS)):
+        self.kernels = [KERNELS[name] for name in kernels]
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         def heads(project, states):  # [B, S, ·] -> [B, S, heads, D]
@@ -231,10 +244,27 @@ class UnmaskedAttention:
         q = torch.cat([video_q, text_q], 1)
         k = torch.cat([video_k, text_k], 1)
         v = torch.cat([heads(attn.to_v, video), heads(attn.add_v_proj, text)], 1)
-        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        with sdpa_kernel(self.kernels):
+            attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         joined = attended.transpose(1, 2).flatten(2)  # [B, S, heads·D]
         video_out, text_out = joined.split([video.shape[1], text.shape[1]], 1)
         return attn.to_out[0](video_out), attn.to_add_out(text_out)
+
+
+def attention_kernel(wanted, device, dtype, head_dim):
+    """The name of the first of KERNELS, or of the wanted one, that runs forward and backward; tried on a few zeros."""
+    problems = []
+    for name in KERNELS if wanted == "auto" else [wanted]:
+        q = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype, requires_grad=True)
+        try:
+            with torch.enable_grad(), sdpa_kernel(KERNELS[name]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the reasons why a kernel cannot run, one warning each
+                F.scaled_dot_product_attention(q, q, q).sum().backward()
+            return name
+        except RuntimeError as error:
+            problems.append(f"{name}: {error}")
+    rule = f"attention must have a kernel that runs on {device} in {dtype} with {head_dim} numbers to a head"
+    raise ValueError(f"{rule}: {'; '.join(problems)}; use --attention auto")
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -522,6 +552,7 @@ def load(
     micro_batch=1,
     guidance_gradient="both",
     checkpointing="full",
+    attention="auto",
 ):
     """A HunyuanPolicy from a hub id or a local folder in the layout of HunyuanVideo15Pipeline.
 
@@ -532,13 +563,17 @@ def load(
     micro_batch the most samples in one forward pass
     guidance_gradient   see HunyuanPolicy.velocity
     checkpointing       see checkpoint_blocks
+    attention           auto or one of KERNELS
     """
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16: got {compute_dtype}")
     check_model(model)
+    exact_float32()
+    settings = load_component(HunyuanVideo15Transformer3DModel, model, "transformer", method="load_config")
+    kernel = attention_kernel(attention, device, compute_dtype, settings["attention_head_dim"])
     weight_dtype = compute_dtype if lora_rank else torch.float32
     transformer = load_network(model, "transformer", weight_dtype)
-    prepare(transformer, lora_rank, seed, checkpointing)
+    prepare(transformer, lora_rank, seed, checkpointing, [kernel])
     if mesh is None:
         transformer.to(device)
     else:  # moves one block after another to the GPU, which never holds the whole model: 33 GB in float32
@@ -582,21 +617,21 @@ def load_tokenizers(model):
     return qwen, byt5
 
 
-def load_component(cls, model, name, **options):
+def load_component(cls, model, name, method="from_pretrained", **options):
     """One part of the model, with an error that says which part of which model cannot be loaded."""
     try:
-        return cls.from_pretrained(model, subfolder=name, **options)
+        return getattr(cls, method)(model, subfolder=name, **options)
     except Exception as error:  # files from outside can break a library in any way
         where = "download it again" if Path(model).is_dir() else "check spelling and network"
         raise OSError(f"cannot load {name} of {str(model)!r}: {error or type(error).__name__}; {where}") from error
 
 
-def prepare(transformer, lora_rank=0, seed=0, checkpointing="full"):
+def prepare(transformer, lora_rank=0, seed=0, checkpointing="full", kernels=tuple(KERNELS)):
     """Make a stock transformer trainable: our attention, checkpointing, dead parts frozen, LoRA. Returns it."""
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 (full fine-tuning) or positive: got {lora_rank}")
     for block in transformer.transformer_blocks:
-        block.attn.set_processor(UnmaskedAttention())
+        block.attn.set_processor(UnmaskedAttention(kernels))
     checkpoint_blocks(transformer, checkpointing)
     transformer.requires_grad_(lora_rank == 0)
     for name in dead_parts(transformer):
@@ -620,13 +655,13 @@ def checkpoint_blocks(transformer, kind):
                 and storing it takes 2·n·D bytes more for each block and pass. The plain kernel `math` is recomputed
     none        everything is stored
     """
-    if kind not in CHECKPOINTING:
-        raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}: got {kind!r}")
+    if kind not in ("full", "attention", "none"):
+        raise ValueError(f"checkpointing must be full, attention or none: got {kind!r}")
     if kind == "none":
         return
     stored = {}
     if kind == "attention":
-        stored["context_fn"] = partial(create_selective_checkpoint_contexts, list(ATTENTION_KERNELS))
+        stored["context_fn"] = partial(create_selective_checkpoint_contexts, list(FUSED_ATTENTION))
     transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **stored))
 
 

@@ -149,6 +149,7 @@ def load_hunyuan(config, run, device, mesh):
         micro_batch=config.micro_batch,
         guidance_gradient=config.guidance_gradient,
         checkpointing=config.checkpointing,
+        attention=config.attention,
     )
 
 

@@ -90,7 +90,10 @@ def obey_cpu_capability():
     On a CPU with AMX, the flash kernel of torch 2.13 packs bf16 for AVX-512 whatever that variable allows, and fails.
     """
     if "ATEN_CPU_CAPABILITY" in os.environ:
+        import hunyuan
+
         torch.backends.cuda.enable_flash_sdp(False)  # despite its name it is for CPUs, too
+        del hunyuan.KERNELS["flash"]
 
 
 def main(arguments):

@@ -211,6 +211,35 @@ def test_no_attention_mask_over_the_video(make, pipeline, monkeypatch):
         assert joint <= {length for length, mask in shapes if mask == (1, 1, length, length)}  # what ours avoids
 
 
+@pytest.mark.parametrize("attention, found", [("auto", "flash"), ("flash", "flash"), ("math", "math")])
+def test_one_attention_kernel_with_and_without_a_gradient(make, attention, found):
+    """On the CPU, which has two: the fused operator is called in both cases, or in neither."""
+    if found not in hunyuan.KERNELS:
+        pytest.skip("this process may not use it: see ranks.obey_cpu_capability")
+    exact, cond, x = make()
+    policy, _, _ = make(attention=attention)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    torch.testing.assert_close(policy.velocity(x, SIGMA, cond), exact.velocity(x, SIGMA, cond), rtol=0, atol=1e-5)
+    for with_gradient in (False, True):
+        with FlopCounterMode(display=False, custom_mapping={fused: lambda *shapes, **options: 1}) as counter:
+            with torch.set_grad_enabled(with_gradient):
+                policy.velocity(x, SIGMA, cond)
+        blocks = counter.get_flop_counts()["HunyuanVideo15Transformer3DModel.transformer_blocks.0.attn"]
+        assert (fused in blocks) == (found == "flash")
+
+
+def test_an_attention_kernel_that_does_not_run_is_refused_before_the_weights(folder, cache, monkeypatch):
+    monkeypatch.setattr(hunyuan, "load_network", lambda *arguments: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match="attention must have a kernel that runs on cpu in torch.float32 .*cudnn: "):
+        load(folder, SHAPE, cache, attention="cudnn")
+
+
+def test_float32_is_not_tf32(make):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    make()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 @torch.no_grad()
 def test_bf16_compute_keeps_latent_and_timestep_in_float32(make):
     policy, cond, x = make(guidance_scale=1.0)
