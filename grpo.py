@@ -125,6 +125,12 @@ class GRPOConfig:
     max_grad_norm: float = option(
         OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]", bounds=(1e-6, 1e9)
     )
+    ratio_tolerance: float = option(
+        OPTIMIZATION,
+        1e-3,
+        "stop where a ratio before the first optimizer step is farther from 1 than this",
+        bounds=(1e-9, 1e3),
+    )
     max_failed_rewards: float = option(METHOD, 0.1, "share of samples that may fail to be scored before the run stops")
 
     def check_algorithm(self):
@@ -420,7 +426,7 @@ def update(
     for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
         loss, log = micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, scales, lambda_kl)
         if number <= per_step:  # no optimizer step has been made yet
-            check_first_ratio(log["ratio"], config.clip_range)
+            check_first_ratio(log["ratio"], config.ratio_tolerance)
         (loss / per_step).backward()
         logs.append(log)
         if number % per_step == 0:
@@ -431,6 +437,7 @@ def update(
         anchor.maybe_refresh(steps_made)
 
     metrics = summarise({name: torch.cat([log[name] for log in logs]) for name in logs[0]}, config.clip_range, ranks)
+    metrics["first_ratio_error"] = first_ratio_error(logs[:per_step], config.clip_range, ranks)
     metrics["lambda_kl"] = lambda_kl
     metrics["grad_norm"] = torch.stack(grad_norms).mean().item()
     metrics["update_passes"] = policy.passes - passes
@@ -511,15 +518,36 @@ def micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, 
     return loss, {name: value.detach() for name, value in log.items()}
 
 
-def check_first_ratio(ratio, clip_range):
-    """Before the first optimizer step the policy is the one that made the rollout, so every ratio must be 1."""
-    worst, tolerance = (ratio - 1).abs().max().item(), max(0.1 * clip_range, 1e-6)
+RATIO_CAUSES = (
+    "Rollout and update computed different velocities for the same state: look for dropout, low-precision states or "
+    "timesteps, guidance that differs between the two, or kernels that round otherwise with a gradient (--attention)"
+)
+
+
+def check_first_ratio(ratio, tolerance):
+    """Before the first optimizer step the policy is the one that made the rollout, so every ratio must be 1.
+
+    Rounding alone moves it: see first_ratio_error. A fault moves it by far more than the tolerance.
+    """
+    worst = (ratio - 1).abs().max().item()
     if not worst <= tolerance:
         raise RuntimeError(
-            f"the ratio must be 1 before the first optimizer step: got |ρ − 1| = {worst:.2e}, allowed {tolerance:.0e}. "
-            "Rollout and update computed different velocities for the same state: look for dropout, low-precision "
-            "states or timesteps, or guidance that differs between the two"
+            f"the ratio must be 1 before the first optimizer step: got |ρ − 1| = {worst:.2e}, allowed {tolerance:.0e} "
+            f"(ratio_tolerance). {RATIO_CAUSES}"
         )
+
+
+def first_ratio_error(logs, clip_range, ranks):
+    """The largest |ρ − 1| of all ranks before the first optimizer step. Above the clip range it clips: a warning."""
+    ratio = ranks.gather(torch.cat([log["ratio"] for log in logs]))
+    error = (ratio - 1).abs().max().item()
+    if error > clip_range and ranks.rank == 0:
+        print(
+            f"\nbefore the first optimizer step the ratio was off by {error:.2e}, more than the clip range of "
+            f"{clip_range:.0e}, so some samples were clipped for nothing. {RATIO_CAUSES}",
+            file=sys.stderr,
+        )
+    return error
 
 
 def optimizer_step(optimizers, parameters, max_grad_norm, loss):

@@ -326,6 +326,7 @@ def test_the_velocity_term_has_its_weight_and_form():
         kl_lambda=0.4,
         beta_pos=0.7,
         beta_vel=0.5,
+        ratio_tolerance=1.0,
     )
     policy, batch = rolled_out(config)
     anchor = shifted_anchor(policy, batch)
@@ -444,8 +445,21 @@ def test_a_wrong_first_ratio_is_an_error():
     policy, batch = rolled_out()
     with torch.no_grad():
         policy.module.weight.mul_(1.05)
-    with pytest.raises(RuntimeError, match="the ratio must be 1 before the first optimizer step"):
+    with pytest.raises(RuntimeError, match="the ratio must be 1 before the first optimizer step.*--attention"):
         one_update(policy, batch, replace(CONFIG, clip_range=1e-4))
+
+
+def test_a_first_ratio_within_its_tolerance_is_logged_and_warned_of_above_the_clip_range(capsys):
+    errors = []
+    for moved in (1.0, 1.0001):
+        policy, batch = rolled_out()
+        with torch.no_grad():  # stands for a kernel that rounds otherwise
+            policy.module.weight.mul_(moved)
+        metrics, _ = one_update(policy, batch, replace(CONFIG, clip_range=1e-6, optimizer_steps=T))
+        errors.append(metrics["first_ratio_error"])
+        assert metrics["first_ratio_error"] < metrics["ratio_max"] - metrics["ratio_min"]  # the first step's alone
+        assert ("the ratio was off by" in capsys.readouterr().err) == (moved != 1)
+    assert errors[0] < 1e-6 < errors[1] < 1e-3
 
 
 def test_a_non_finite_loss_stops_before_the_optimizer_acts():
