@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
@@ -464,7 +465,7 @@ def check_network(model, name):
 
 
 def stored_tensors(folder, stem):
-    """{name: (shape, dtype)} from the headers of a network's safetensors files, which also give away a cut file."""
+    """{name: (shape, dtype, file)} from the headers of a network's safetensors files, which also give away a cut file."""
     index = folder / f"{stem}.safetensors.index.json"
     listed = None
     files = [f"{stem}.safetensors"]
@@ -483,7 +484,7 @@ def stored_tensors(folder, stem):
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():
                     tensor = tensors.get_slice(name)
-                    stored[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+                    stored[name] = tuple(tensor.get_shape()), tensor.get_dtype(), path
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} must be a whole safetensors file: {error}; download it again") from error
     if listed is not None and listed.keys() != stored.keys():
@@ -572,14 +573,19 @@ def load(
     settings = load_component(HunyuanVideo15Transformer3DModel, model, "transformer", method="load_config")
     kernel = attention_kernel(attention, device, compute_dtype, settings["attention_head_dim"])
     weight_dtype = compute_dtype if lora_rank else torch.float32
-    transformer = load_network(model, "transformer", weight_dtype)
-    prepare(transformer, lora_rank, seed, checkpointing, [kernel])
     if mesh is None:
-        transformer.to(device)
-    else:  # moves one block after another to the GPU, which never holds the whole model: 33 GB in float32
-        shard(transformer, mesh, compute_dtype)
-    vae = load_network(model, "vae", torch.float32)
-    vae.to(device).requires_grad_(False)
+        transformer = load_network(model, "transformer", weight_dtype)
+        prepare(transformer, lora_rank, checkpointing, [kernel]).to(device)
+    else:
+        transformer = meta_transformer(settings)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(weight_dtype)
+        shard(prepare(transformer, lora_rank, checkpointing, [kernel]), mesh, compute_dtype)
+        transformer.to_empty(device=device)
+        hand_out(transformer, model)
+    draw_adapter(transformer, seed)
+    vae = one_after_another(lambda: load_network(model, "vae", torch.float32).to(device))
+    vae.requires_grad_(False)
     prompts = PromptEncoder(model, prompt_cache, device, compute_dtype)
     return HunyuanPolicy(
         transformer, vae, prompts, shape, guidance_scale, compute_dtype, micro_batch, guidance_gradient
@@ -593,6 +599,69 @@ def load_network(model, name, dtype):
     )
     check_tensors(f"{name} of {model}", {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"]})
     return network
+
+
+@torch.no_grad()
+def hand_out(transformer, model):
+    """Give each rank its part of a sharded transformer's weights, tensor by tensor.
+
+    If every rank read the model before it is sharded, eight of them would fill 8 × 33 GB of one machine's memory.
+    """
+    first = dist.get_rank() == 0
+    read = weight_reader(model) if first else None
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            continue
+        if first:
+            stored = read(name.replace(".base_layer", ""))  # PEFT's name for a map with an adapter
+            whole = stored.to(parameter.device, parameter.dtype)
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        write_weight(parameter, whole, source=0)
+
+
+def weight_reader(model):
+    """A function name -> tensor of the transformer's weights. Those of a hub id are in memory as a whole."""
+    if not Path(model).is_dir():
+        return load_network(model, "transformer", torch.float32).state_dict().pop
+    stored = stored_tensors(Path(model) / "transformer", NETWORKS["transformer"][1])
+
+    def read(name):
+        _, _, path = stored[name]
+        with safe_open(path, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    return read
+
+
+@torch.no_grad()
+def draw_adapter(transformer, seed):
+    """The first weights of a LoRA, the same for any number of ranks: A as PEFT draws it, B = 0: it is the base model."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if "lora_A" in name:
+            bound = parameter.shape[1] ** -0.5
+            whole = bound * (2 * torch.rand(parameter.shape, generator=generator) - 1)
+            write_weight(parameter, whole.to(parameter.device), source=None)
+        elif "lora_B" in name:
+            parameter.zero_()
+
+
+def write_weight(parameter, whole, source):
+    """Write a tensor into a parameter, or this rank's part of it: of rank `source`'s tensor, or of its own (None)."""
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=source)
+    parameter.copy_(whole)
+
+
+def one_after_another(load):
+    """What `load` returns, called by one rank of each machine at a time, so that its host memory holds one copy."""
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        if turn == int(os.environ.get("LOCAL_RANK", 0)):
+            loaded = load()
+        if dist.is_initialized():
+            dist.barrier()
+    return loaded
 
 
 def load_tokenizers(model):
@@ -626,8 +695,8 @@ def load_component(cls, model, name, method="from_pretrained", **options):
         raise OSError(f"cannot load {name} of {str(model)!r}: {error or type(error).__name__}; {where}") from error
 
 
-def prepare(transformer, lora_rank=0, seed=0, checkpointing="full", kernels=tuple(KERNELS)):
-    """Make a stock transformer trainable: our attention, checkpointing, dead parts frozen, LoRA. Returns it."""
+def prepare(transformer, lora_rank=0, checkpointing="full", kernels=tuple(KERNELS)):
+    """Make a stock transformer trainable: our attention, checkpointing, dead parts frozen, LoRA (see draw_adapter)."""
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 (full fine-tuning) or positive: got {lora_rank}")
     for block in transformer.transformer_blocks:
@@ -638,9 +707,8 @@ def prepare(transformer, lora_rank=0, seed=0, checkpointing="full", kernels=tupl
         transformer.get_submodule(name).requires_grad_(False)
     if lora_rank:
         config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=lora_targets(transformer))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            transformer.add_adapter(config)  # its B matrices are 0, so it starts as the base model
+        with torch.random.fork_rng(devices=[]):  # PEFT draws weights, which draw_adapter draws again
+            transformer.add_adapter(config)
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # bf16 would lose an update of 1e-5

@@ -157,6 +157,7 @@ def build(config, run, ranks, device, mesh):
     """(policy, training reward, evaluation reward, training prompts, evaluation prompts)."""
     if config.model == TOY:
         return ToyPolicy(), world.rewards, world.rewards, world.PROMPTS, world.PROMPTS
+    from hunyuan import one_after_another
     from videoalign import CLIPScore, PickScore, VideoAlign
 
     prompts, eval_prompts = read_prompts(config.prompts), read_prompts(config.eval_prompts)
@@ -164,14 +165,17 @@ def build(config, run, ranks, device, mesh):
     if config.model == TINY:
         prompts, eval_prompts = prompts[:4], eval_prompts[:4]
         videoalign, repo = build_tiny(run / "tiny", ranks, device)
-    reward = VideoAlign(videoalign, repo, device, fps=config.fps)
+    reward = one_after_another(lambda: VideoAlign(videoalign, repo, device, fps=config.fps))
     extra = []
     if config.clip_score:
         extra.append(CLIPScore(config.clip_score, device))
     if config.pick_score:
         extra.append(PickScore(config.pick_score, device))
     policy = load_hunyuan(config, run, device, mesh)
-    policy.encode(prompts + eval_prompts)  # now, so that the text encoders come and go once
+    if ranks.rank == 0:  # now, so that the text encoders come and go once; the other ranks find the prompts encoded
+        policy.encode(prompts + eval_prompts)
+    ranks.gather(torch.zeros(1, device=device)).sum().item()
+    policy.encode(prompts + eval_prompts)
     return policy, reward, partial(evaluation_reward, reward, extra), prompts, eval_prompts
 
 
