@@ -34,7 +34,7 @@ USAGE = (
 # Settings that a resumed run may change freely: what is computed does not depend on them.
 FREE = (
     "name runs iterations checkpoint_every keep_checkpoints eval_every micro_batch anchor_offload prompt_cache"
-    " reward_timeout"
+    " reward_timeout checkpointing attention"
 ).split()
 PROMPT_FILES = ("prompts", "eval_prompts")  # compared by what they hold, not by their place
 
@@ -47,6 +47,14 @@ class Config(GRPOConfig):
     shift: float = option(METHOD, 5.0, "shift of the sigma schedule [release: 5]", bounds=(0.1, 100))
     sde_type: str = option(METHOD, "sage_grpo", "sampler of Table 1, or our exact [paper: sage_grpo]", SDE_TYPES)
     eta: float = option(METHOD, 0.5, "η, exploration scale; at most 1 for cps [release: 0.5]", bounds=(1e-3, 10))
+    sde_steps: int = option(
+        METHOD,
+        0,
+        "steps of an iteration that have noise and are trained, drawn anew from the first sde_share of the schedule, "
+        "the others are ODE steps; 0 = all [paper: all]",
+        bounds=(0, 1000),
+    )
+    sde_share: float = option(METHOD, 0.6, "share of the schedule that sde_steps are drawn from", bounds=(1e-3, 1))
     noisy_last_step: bool = option(METHOD, True, "inject noise in the last step, too, and train it [release: on]")
 
     optimizer: str = option(
@@ -66,6 +74,20 @@ class Config(GRPOConfig):
     )
     lora_rank: int = option(
         OPTIMIZATION, 0, "rank of the LoRA; 0 = full fine-tuning [paper: 0]", video=True, bounds=(0, 4096)
+    )
+    checkpointing: str = option(
+        OPTIMIZATION,
+        "full",
+        "what the backward pass recomputes: all, all but the attention's output (faster, more memory), or nothing",
+        ("full", "attention", "none"),
+        video=True,
+    )
+    attention: str = option(
+        OPTIMIZATION,
+        "auto",
+        "kernel of the joint attention, with and without a gradient; auto: the first of these that runs",
+        ("auto", "flash", "cudnn", "efficient", "math"),
+        video=True,
     )
     anchor_offload: bool = option(
         OPTIMIZATION, False, "keep the moving anchor in host memory [release: on]", video=True
@@ -97,6 +119,14 @@ class Config(GRPOConfig):
     fps: int = option(VIDEO, 24, "frames a second [release: 24]", video=True, bounds=(1, 240))
     guidance_scale: float = option(
         VIDEO, 6.0, "classifier-free guidance, in rollout and training [release: 6.0]", video=True, bounds=(0.1, 100)
+    )
+    guidance_gradient: str = option(
+        VIDEO,
+        "both",
+        "branches of guidance that are trained; conditional alone saves a pass of every two: its partner is stored by "
+        "the rollout [release: both]",
+        ("both", "conditional"),
+        video=True,
     )
     prompts: str = option(
         VIDEO, STARTER_TRAIN, "training prompts: .txt (one a line), .csv or .jsonl (prompt)", video=True
@@ -136,6 +166,8 @@ class Config(GRPOConfig):
         if self.model == TOY and ranks > 1:
             raise ValueError(f"the toy runs on one process: got {ranks} ranks; start it with python, not torchrun")
         micro_batches_per_step(self.batch_size, self.trained_steps(), self)
+        if self.kl_steps > self.trained_steps():
+            raise ValueError(f"kl_steps are among the {self.trained_steps()} trained steps: got {self.kl_steps}")
         if self.model != TOY:
             self.check_video_model()
 
@@ -204,9 +236,20 @@ class Config(GRPOConfig):
                 raise ValueError(f"--{name} must be the folder of VideoAlign's {what}: got {given!r}, see the README")
         videoalign.check_folder(Path(self.videoalign), self.videoalign_repo)
 
-    def sde(self):
-        """The sampler of the rollouts."""
-        return SDE(self.sde_type, self.eta, sigma_schedule(self.num_steps, self.shift), self.noisy_last_step)
+    def sde(self, iteration=0):
+        """The sampler of an iteration's rollouts, on all ranks the same."""
+        sigmas = sigma_schedule(self.num_steps, self.shift)
+        sde = SDE(self.sde_type, self.eta, sigmas, self.noisy_last_step)
+        if not self.sde_steps:
+            return sde
+        first = math.ceil(self.sde_share * self.num_steps)
+        candidates = sde.stochastic[:first].nonzero().flatten()
+        if self.sde_steps > len(candidates):
+            rule = f"sde_steps are drawn from the {len(candidates)} noisy steps in the first sde_share of the schedule"
+            raise ValueError(f"{rule}: got {self.sde_steps}; lower it, or raise sde_share or num_steps")
+        order = torch.randperm(len(candidates), generator=checkpoint.generator(self.seed, "sde_steps", iteration))
+        drawn = candidates[order[: self.sde_steps]]
+        return SDE(self.sde_type, self.eta, sigmas, self.noisy_last_step, drawn)
 
     def trained_steps(self):
         """Steps of a rollout that have noise, and so a log-probability."""
@@ -501,6 +544,7 @@ def arithmetic(config, ranks):
     micro_batches = per_step * config.optimizer_steps
     guided = config.model != TOY and config.guidance_scale != 1
     passes = config.batch_size * (2 if guided else 1)
+    trained_passes = config.batch_size * (2 if guided and config.guidance_gradient == "both" else 1)
     doubled = ", doubled by guidance" if guided else ""
     prompts = samples // config.group_size
     sizes = f"{config.batch_size} / {config.micro_batch} × {trained}"
@@ -511,13 +555,15 @@ def arithmetic(config, ranks):
         f"micro-batches            {micro_batches} = {sizes} per iteration and rank",
         f"optimizer steps          {config.optimizer_steps} per iteration, of {per_step} micro-batches each;"
         f" {in_all} in all, {config.optimizer}",
-        f"passes per rank          rollout {passes} × {config.num_steps}, update {passes} × {trained} with gradient;"
+        f"passes per rank          rollout {passes} × {config.num_steps}, update {trained_passes} × {trained} with gradient;"
         f" counted per sample{doubled}",
     ]
+    if trained_passes < passes and config.optimizer_steps > 1:
+        lines.append("                         from the second optimizer step on as many more without gradient")
     w_pos, _ = kl_weights(config.kl_mode)
     if w_pos:
         lines.append(
-            "reference passes         one more without gradient each, unless the anchor is the rollout's policy"
+            f"reference passes         {passes} × {config.kl_steps or trained} without gradient, unless the anchor is the rollout's policy"
         )
     if config.kl_mode in ("moving", "dual"):
         often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one

@@ -22,9 +22,12 @@ A policy is any object with
     module            the nn.Module that is trained
     latent_shape      shape of one training sample's x, without the batch
     encode(prompts)   -> list with one condition per prompt, of whatever kind velocity takes
-    velocity(x [B, …], sigma [B], cond list of B) -> v [B, …]; gradients flow; guidance is inside
+    velocity(x [B, …], sigma [B], cond list of P) -> v [B, …]; gradients flow; guidance is inside. P divides B, and
+                      each condition is that of B / P samples next to each other, so that they can run as one batch
     decode(x [B, …])  -> uint8 video [B, F, C, H, W]
     passes            how many forward passes of the network velocity has made so far
+and, if a part of its guided velocity has no gradient,
+    unconditional_velocity   that part in the last call of velocity, which takes it back as a fourth argument
 A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed sample: see rewards.py. It may keep the
 causes of failures in a list `failures`. `score` is the one place that calls it.
 """
@@ -103,14 +106,30 @@ class GRPOConfig:
     anchor_every: int = option(
         METHOD, 10, "N, optimizer steps between refreshes of the moving anchor, Eq. 13 [paper: 10]", bounds=(1, 10**7)
     )
+    kl_steps: int = option(
+        METHOD,
+        0,
+        "trained steps of an iteration that have the position KL, drawn anew and weighted so that its mean over draws "
+        "is that of all; 0 = all [paper: all]",
+        bounds=(0, 1000),
+    )
     optimizer_steps: int = option(
         OPTIMIZATION, 1, "optimizer steps per iteration [paper and release: 1]", bounds=(1, 10**4)
     )
     micro_batch: int = option(
-        OPTIMIZATION, 1, "samples per forward and backward pass, per rank [paper: 2]", bounds=(1, 10**6)
+        OPTIMIZATION, 1,
+        "samples per forward and backward pass, per rank; the video model runs those of one prompt as one batch "
+        "[paper: 2]",
+        bounds=(1, 10**6),
     )
     max_grad_norm: float = option(
         OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]", bounds=(1e-6, 1e9)
+    )
+    ratio_tolerance: float = option(
+        OPTIMIZATION,
+        1e-3,
+        "stop where a ratio before the first optimizer step is farther from 1 than this",
+        bounds=(1e-9, 1e3),
     )
     max_failed_rewards: float = option(METHOD, 0.1, "share of samples that may fail to be scored before the run stops")
 
@@ -171,6 +190,7 @@ class Batch:
     sde: SDE
     conditions: list
     trajectory: Trajectory
+    unconditional: torch.Tensor | None  # [B, T, …]  what velocity takes back, until the first optimizer step
     advantages: torch.Tensor  # [B]
     valid: torch.Tensor  # [B] bool, False where the reward failed
     collected_at: int  # optimizer steps made when the rollout's weights were the policy
@@ -178,14 +198,24 @@ class Batch:
 
 
 # ---------------------------------------------------------------------------------------------- collect, evaluate
-def sample(policy, prompts, latent_shape, sde, generators, callback=None):
-    """(conditions, Trajectory) of one sample for each prompt. Stops at NaN, which would be decoded to black and be
-    scored.
+def samples_per_condition(config):
+    """How many samples next to each other velocity may take for samples of one prompt, in rollout and update.
+
+    On each rank they are counted from its first sample. Every micro-batch, every group and the first place of every
+    rank are multiples of this number, so no rank's run of so many samples ever crosses from one group into the next.
+    It depends on the settings alone: all ranks make the same number of forward passes, as FSDP needs.
+    """
+    return math.gcd(config.micro_batch, config.group_size)
+
+
+def sample(policy, prompts, latent_shape, sde, generators, copies=1, callback=None):
+    """(conditions, Trajectory) of one sample for each prompt, where runs of `copies` prompts are the same. Stops at
+    NaN, which would be decoded to black and be scored.
     """
     conditions = policy.encode(prompts)
     device = next(policy.module.parameters()).device
     noise = randn((len(prompts), *latent_shape), generators).to(device)
-    trajectory = rollout(partial(policy.velocity, cond=conditions), noise, sde, generators, callback)
+    trajectory = rollout(partial(policy.velocity, cond=conditions[::copies]), noise, sde, generators, callback)
     if not trajectory.states[:, -1].isfinite().all():
         raise FloatingPointError(
             "samples must be finite: got NaN or infinity, the policy has diverged. Lower the learning rate, and look "
@@ -245,14 +275,28 @@ def call_reward(reward, videos, prompts, ranks, device):
         return {}, cause
 
 
-def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=None):
+def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=lambda k: None):
     """Roll out one sample for each of this rank's B prompts and turn their rewards into advantages.
 
     prompts: the G copies of a prompt stand next to each other in the order of all ranks together, so that a group may
     span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
     """
     started, passes = time.perf_counter(), policy.passes
-    conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, callback)
+    copies = samples_per_condition(config)
+    for first in range(0, len(prompts), copies):
+        if len(set(prompts[first : first + copies])) > 1:
+            raise ValueError(
+                f"the {config.group_size} samples of a prompt must stand next to each other: got {prompts}; repeat "
+                "each prompt group_size times"
+            )
+    unconditional = []
+
+    def after_step(k):
+        unconditional.append(getattr(policy, "unconditional_velocity", None))
+        callback(k)
+
+    conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, copies, after_step)
+    unconditional = None if unconditional[0] is None else torch.stack(unconditional, 1)
     videos = policy.decode(trajectory.states[:, -1])
     own_scores, causes = score(reward, videos, prompts, ranks, trajectory.states.device)
     scores = {name: ranks.gather(values) for name, values in own_scores.items()}  # [ranks·B]
@@ -275,7 +319,7 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     metrics["rollout_passes"] = policy.passes - passes
     metrics["rollout_seconds"] = time.perf_counter() - started
     own = slice(ranks.rank * len(prompts), (ranks.rank + 1) * len(prompts))
-    return Batch(sde, conditions, trajectory, advantages[own], valid[own], steps_made, metrics)
+    return Batch(sde, conditions, trajectory, unconditional, advantages[own], valid[own], steps_made, metrics)
 
 
 def evaluate(
@@ -358,13 +402,16 @@ def micro_batches_per_step(num_samples, num_trained_steps, config):
     return passes // config.optimizer_steps
 
 
-def update(policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank()):
+def update(
+    policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank(), common=None
+):
     """One pass over a batch of rollouts. Returns (metrics, optimizer steps made so far).
 
     Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. All
     trained steps of all samples go into config.optimizer_steps optimizer steps, evenly. Both terms are means over the
     steps, so a λ_KL for a literal Σ_t would be T times ours.
-    anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
+    anchor: an Anchor, or None where the KL mode has no position term. common: a generator of what all ranks draw alike,
+    for kl_steps. A sample whose reward failed takes no part.
     """
     started, passes = time.perf_counter(), policy.passes
     per_step = micro_batches_per_step(len(batch.valid), int(batch.sde.stochastic.sum()), config)
@@ -373,21 +420,24 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     )
     scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
-    means_ref = reference_means(policy, batch, config, anchor)
+    w_position = position_weights(batch.sde, config.kl_steps, common)
+    means_ref = reference_means(policy, batch, config, anchor, w_position)
     logs, grad_norms = [], []
     for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
-        loss, log = micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lambda_kl)
+        loss, log = micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, scales, lambda_kl)
         if number <= per_step:  # no optimizer step has been made yet
-            check_first_ratio(log["ratio"], config.clip_range)
+            check_first_ratio(log["ratio"], config.ratio_tolerance)
         (loss / per_step).backward()
         logs.append(log)
         if number % per_step == 0:
             grad_norms.append(optimizer_step(optimizers, parameters, config.max_grad_norm, loss.detach()))
             steps_made += 1
+            batch.unconditional = None  # the policy is no longer the one that made the rollout
     if anchor is not None:
         anchor.maybe_refresh(steps_made)
 
     metrics = summarise({name: torch.cat([log[name] for log in logs]) for name in logs[0]}, config.clip_range, ranks)
+    metrics["first_ratio_error"] = first_ratio_error(logs[:per_step], config.clip_range, ranks)
     metrics["lambda_kl"] = lambda_kl
     metrics["grad_norm"] = torch.stack(grad_norms).mean().item()
     metrics["update_passes"] = policy.passes - passes
@@ -395,8 +445,25 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     return metrics, steps_made
 
 
-def reference_means(policy, batch, config, anchor):
-    """Mean of each stochastic step under the anchor, [B, T, …]; None without an anchor.
+def position_weights(sde, count, generator):
+    """Weight of each step's position KL, float64 [T]: K/n at n = `count` of the K trained steps, drawn anew.
+
+    Each trained step has the mean weight 1, so the mean gradient over draws is the one with all steps, which 0 stands
+    for. The other steps need no reference pass.
+    """
+    weights = sde.stochastic.double()
+    if count:
+        if generator is None:
+            raise ValueError("kl_steps are drawn from a generator that all ranks share: got none; hand in `common`")
+        trained = sde.stochastic.nonzero().flatten()
+        chosen = trained[torch.randperm(len(trained), generator=generator)[:count]]
+        weights = torch.zeros_like(weights)
+        weights[chosen] = len(trained) / count
+    return weights
+
+
+def reference_means(policy, batch, config, anchor, w_position):
+    """Mean of each step under the anchor, [B, T, …], where w_position [T] is not 0; None without an anchor.
 
     They are computed once per iteration, as in the released code: the anchor is swapped in and out once, and it stays
     the same reference for all optimizer steps of the iteration. While the anchor is the policy that made the rollout,
@@ -407,29 +474,31 @@ def reference_means(policy, batch, config, anchor):
     trajectory = batch.trajectory
     if anchor.refreshed_at == batch.collected_at:
         return trajectory.means
-    means = torch.full_like(trajectory.means, torch.nan)
+    copies = samples_per_condition(config)
+    means = trajectory.means.clone()  # where the weight is 0, any finite number
     with torch.no_grad(), anchor.swapped_in():
-        for k in batch.sde.stochastic.nonzero().flatten().tolist():
+        for k in w_position.nonzero().flatten().tolist():
             for rows in torch.arange(len(means)).split(config.micro_batch):
                 x = trajectory.states[rows, k]
                 sigma = batch.sde.sigmas[k].to(x).expand(len(rows))
-                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows])
+                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows[::copies]])
                 means[rows, k], _ = batch.sde.transition(x, v, k)
     return means
 
 
-def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lambda_kl):
+def micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, scales, lambda_kl):
     """The full objective on the samples `rows`, each at its own step of `steps`. Returns (loss, {name: detached
     [b]}).
     """
     x, x_next = batch.trajectory.states[rows, steps], batch.trajectory.states[rows, steps + 1]  # [b, …]
     mean_old = batch.trajectory.means[rows, steps]
     log_prob_old = batch.trajectory.log_probs[rows, steps]  # [b]
-    conditions = [batch.conditions[i] for i in rows]
+    conditions = [batch.conditions[i] for i in rows[:: samples_per_condition(config)]]
     advantages, valid = batch.advantages[rows], batch.valid[rows].to(x.dtype)
     sigma = batch.sde.sigmas[steps].to(x)
+    stored = () if batch.unconditional is None else (batch.unconditional[rows, steps],)
 
-    mean, std = batch.sde.transition(x, policy.velocity(x, sigma, conditions), steps)
+    mean, std = batch.sde.transition(x, policy.velocity(x, sigma, conditions, *stored), steps)
     log_prob_new = log_prob(x_next, mean, std)
     ratio = (log_prob_new - log_prob_old).exp()  # [b]
     policy_loss = clipped_policy_loss(ratio, advantages, config.clip_range)
@@ -440,7 +509,7 @@ def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lamb
     log = {"ratio": ratio, "policy_loss": policy_loss, "kl_velocity": kl_velocity}
     kl_position = torch.zeros_like(kl_velocity)
     if means_ref is not None:
-        kl_position = gaussian_kl(mean, means_ref[rows, steps], std)
+        kl_position = w_position[steps].to(x) * gaussian_kl(mean, means_ref[rows, steps], std)
         log["kl_position"] = kl_position
     w_pos, w_vel = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
     kl = dual_kl(kl_position, kl_velocity, w_pos, w_vel)
@@ -449,15 +518,36 @@ def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lamb
     return loss, {name: value.detach() for name, value in log.items()}
 
 
-def check_first_ratio(ratio, clip_range):
-    """Before the first optimizer step the policy is the one that made the rollout, so every ratio must be 1."""
-    worst, tolerance = (ratio - 1).abs().max().item(), max(0.1 * clip_range, 1e-6)
+RATIO_CAUSES = (
+    "Rollout and update computed different velocities for the same state: look for dropout, low-precision states or "
+    "timesteps, guidance that differs between the two, or kernels that round otherwise with a gradient (--attention)"
+)
+
+
+def check_first_ratio(ratio, tolerance):
+    """Before the first optimizer step the policy is the one that made the rollout, so every ratio must be 1.
+
+    Rounding alone moves it: see first_ratio_error. A fault moves it by far more than the tolerance.
+    """
+    worst = (ratio - 1).abs().max().item()
     if not worst <= tolerance:
         raise RuntimeError(
-            f"the ratio must be 1 before the first optimizer step: got |ρ − 1| = {worst:.2e}, allowed {tolerance:.0e}. "
-            "Rollout and update computed different velocities for the same state: look for dropout, low-precision "
-            "states or timesteps, or guidance that differs between the two"
+            f"the ratio must be 1 before the first optimizer step: got |ρ − 1| = {worst:.2e}, allowed {tolerance:.0e} "
+            f"(ratio_tolerance). {RATIO_CAUSES}"
         )
+
+
+def first_ratio_error(logs, clip_range, ranks):
+    """The largest |ρ − 1| of all ranks before the first optimizer step. Above the clip range it clips: a warning."""
+    ratio = ranks.gather(torch.cat([log["ratio"] for log in logs]))
+    error = (ratio - 1).abs().max().item()
+    if error > clip_range and ranks.rank == 0:
+        print(
+            f"\nbefore the first optimizer step the ratio was off by {error:.2e}, more than the clip range of "
+            f"{clip_range:.0e}, so some samples were clipped for nothing. {RATIO_CAUSES}",
+            file=sys.stderr,
+        )
+    return error
 
 
 def optimizer_step(optimizers, parameters, max_grad_norm, loss):

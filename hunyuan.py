@@ -15,6 +15,8 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +33,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
-from videoalign import read_json
+from videoalign import exact_float32, read_json
 
 # The networks of a model, each with the name of its file of weights.
 NETWORKS = {
@@ -68,6 +73,20 @@ REQUIRED = {
     "text_encoder_2": {},
 }
 
+# The kernels of attention, in the order in which `auto` looks for one that runs.
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+FUSED_ATTENTION = (  # what they call
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
 
 class Prompt(NamedTuple):
     """The text condition of one sample, without padding, on the CPU."""
@@ -81,20 +100,35 @@ class HunyuanPolicy:
     """The transformer as a policy.
 
     module          the transformer
+    micro_batch     the most samples that run as one batch, in rollout and update
     passes          its forward passes so far, counted per sample
     prompts         the PromptEncoder
     unconditional   the Prompt of the empty text; `encode` sets it
+    unconditional_velocity   that of the last call of `velocity`, where it has no gradient; else None
     """
 
-    def __init__(self, transformer, vae, prompts, latent_shape, guidance_scale=6.0, compute_dtype=torch.float32):
+    def __init__(
+        self,
+        transformer,
+        vae,
+        prompts,
+        latent_shape,
+        guidance_scale=6.0,
+        compute_dtype=torch.float32,
+        micro_batch=1,
+        guidance_gradient="both",
+    ):
         self.module = transformer
         self.vae = vae
         self.prompts = prompts
         self.latent_shape = latent_shape
         self.guidance_scale = guidance_scale
         self.compute_dtype = compute_dtype
+        self.micro_batch = micro_batch
+        self.guidance_gradient = guidance_gradient
         self.passes = 0
         self.unconditional = None
+        self.unconditional_velocity = None
         vae.enable_slicing()  # in diffusers 0.42 the decoder fails on a batch of more than one sample
         vae.enable_tiling()  # a whole 480p video does not fit beside the transformer
 
@@ -103,44 +137,58 @@ class HunyuanPolicy:
         *conditions, self.unconditional = self.prompts([*prompts, ""])
         return conditions
 
-    def velocity(self, x, sigma, cond):
+    def velocity(self, x, sigma, cond, unconditional=None):
         """Guided velocity, noise − data:  v = v_uncond + scale·(v_cond − v_uncond).  x [B, C, F, H, W], sigma [B].
+
+        cond: P Prompts, each of B / P samples that stand next to each other.
 
         The video may have any size. Evaluations use a larger one than rollouts, whose size is latent_shape.
 
         Rollout and training use the same guidance: the policy is the guided model, so the ratio is 1 before the first
-        update. Both passes carry gradients.
-
-        The samples run one by one, for three reasons. Their prompts differ in length, and a batch of one needs neither
-        padding nor a mask. One video has 30,000 tokens, enough to fill a GPU, so no gain is expected from a batch.
-        Under FSDP every rank must make the same number of passes, whichever prompts it holds.
+        update. Both passes carry gradients, unless guidance_gradient is "conditional": v_uncond is then a constant. It
+        is the same number as long as the policy is the rollout's, so an update may hand in the `unconditional` velocity
+        that the rollout had, and saves its pass.
         """
         if x.ndim != 5 or x.shape[1] != CHANNELS or x.dtype != torch.float32:
             raise ValueError(f"x must be float32 [B, {CHANNELS}, F, H, W]: got {x.dtype} of shape {tuple(x.shape)}")
-        if sigma.shape != x.shape[:1] or len(cond) != len(x):
+        if sigma.shape != x.shape[:1] or not cond or len(x) % len(cond):
             got = f"{len(x)} samples, sigma of shape {list(sigma.shape)}, {len(cond)} conditions"
-            raise ValueError(f"velocity needs one sigma and one condition per sample: got {got}")
-        velocities = []
-        for i, prompt in enumerate(cond):
-            velocities.append(self._guided(x[i : i + 1], sigma[i : i + 1], prompt))
-        return torch.cat(velocities)
-
-    def _guided(self, x, sigma, prompt):
-        conditional = self._denoise(x, sigma, prompt)
+            raise ValueError(f"velocity needs one sigma per sample, and samples for every condition: got {got}")
+        conditional = self._denoise(x, sigma, cond)
         if self.guidance_scale == 1:  # the unconditional pass would have weight 0
             return conditional
-        unconditional = self._denoise(x, sigma, self.unconditional)
+        constant = self.guidance_gradient == "conditional"
+        if unconditional is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+                unconditional = self._denoise(x, sigma, [self.unconditional])
+        if constant:
+            self.unconditional_velocity = unconditional
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def _denoise(self, x, sigma, prompt):
-        """One pass of the transformer for one sample: x [1, C, F, H, W], sigma [1]."""
-        self.passes += 1
+    def _denoise(self, x, sigma, cond):
+        """The velocity of each sample under its Prompt of `cond`, in batches of at most micro_batch samples.
+
+        A batch holds samples of one Prompt. Prompts differ in length, so a mixed batch would need padding and a mask.
+        Under FSDP every rank must make the same number of passes, or all of them hang. So how many samples share a
+        Prompt is stated by the caller, who knows it from the settings; it is not read off the prompts, which differ
+        from rank to rank.
+        """
+        copies = len(x) // len(cond)
+        velocities = []
+        for prompt, states, sigmas in zip(cond, x.split(copies), sigma.split(copies), strict=True):
+            for part, levels in zip(states.split(self.micro_batch), sigmas.split(self.micro_batch), strict=True):
+                velocities.append(self._pass(part, levels, prompt))
+        return torch.cat(velocities)
+
+    def _pass(self, x, sigma, prompt):
+        """One pass of the transformer for samples of one Prompt: x [b, C, F, H, W], sigma [b]."""
+        self.passes += len(x)
         # The model reads 65 channels: the latent, then a first frame and its mask, which only image-to-video fills.
         first_frame = torch.zeros_like(x)
         mask = torch.zeros_like(x[:, :1])
         inputs = torch.cat([x, first_frame, mask], 1)
-        text = prompt.text.to(x.device, self.compute_dtype).unsqueeze(0)  # [1, L, ·]
-        glyphs = prompt.glyphs.to(x.device, self.compute_dtype).unsqueeze(0)  # [1, G, ·]
+        text = prompt.text.to(x.device, self.compute_dtype).expand(len(x), -1, -1)  # [b, L, ·]
+        glyphs = prompt.glyphs.to(x.device, self.compute_dtype).expand(len(x), -1, -1)  # [b, G, ·]
         # With autocast, latent and timestep stay float32, and the velocity has an error of 0.0066. The stock pipeline
         # in bf16 also rounds the timestep (978.26 becomes 980), and its error is 0.0206. Without autocast, bf16 weights
         # do not accept a float32 timestep.
@@ -155,7 +203,7 @@ class HunyuanPolicy:
                 # The stock pipeline passes 729 image tokens of zeros, and the model masks image tokens that are all
                 # zero. An empty tensor also counts as all zero, and needs no mask. (The config's task_type cannot tell
                 # that there is no image: it says "i2v" even in the text-to-video release.)
-                image_embeds=text.new_zeros(1, 0, self.module.config.image_embed_dim),
+                image_embeds=text.new_zeros(len(x), 0, self.module.config.image_embed_dim),
                 return_dict=False,
             )
         return v.float()
@@ -174,7 +222,13 @@ class UnmaskedAttention:
 
     The stock processor builds a bool mask [B, 1, S, S] in every block. At 81 frames of 480p a copy takes 1.17 GiB, and
     with a mask the flash kernels cannot be used. Here nothing needs a mask: HunyuanPolicy.velocity passes no padding.
+
+    kernels: those of KERNELS that PyTorch may take. `load` gives one, so that rollout and update, without and with a
+    gradient, round alike.
     """
+
+    def __init__(self, kernels=tuple(KERNELS)):
+        self.kernels = [KERNELS[name] for name in kernels]
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         def heads(project, states):  # [B, S, ·] -> [B, S, heads, D]
@@ -191,10 +245,27 @@ class UnmaskedAttention:
         q = torch.cat([video_q, text_q], 1)
         k = torch.cat([video_k, text_k], 1)
         v = torch.cat([heads(attn.to_v, video), heads(attn.add_v_proj, text)], 1)
-        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        with sdpa_kernel(self.kernels):
+            attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         joined = attended.transpose(1, 2).flatten(2)  # [B, S, heads·D]
         video_out, text_out = joined.split([video.shape[1], text.shape[1]], 1)
         return attn.to_out[0](video_out), attn.to_add_out(text_out)
+
+
+def attention_kernel(wanted, device, dtype, head_dim):
+    """The name of the first of KERNELS, or of the wanted one, that runs forward and backward; tried on a few zeros."""
+    problems = []
+    for name in KERNELS if wanted == "auto" else [wanted]:
+        q = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype, requires_grad=True)
+        try:
+            with torch.enable_grad(), sdpa_kernel(KERNELS[name]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the reasons why a kernel cannot run, one warning each
+                F.scaled_dot_product_attention(q, q, q).sum().backward()
+            return name
+        except RuntimeError as error:
+            problems.append(f"{name}: {error}")
+    rule = f"attention must have a kernel that runs on {device} in {dtype} with {head_dim} numbers to a head"
+    raise ValueError(f"{rule}: {'; '.join(problems)}; use --attention auto")
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -394,7 +465,7 @@ def check_network(model, name):
 
 
 def stored_tensors(folder, stem):
-    """{name: (shape, dtype)} from the headers of a network's safetensors files, which also give away a cut file."""
+    """{name: (shape, dtype, file)} from the headers of a network's safetensors files, which also give away a cut file."""
     index = folder / f"{stem}.safetensors.index.json"
     listed = None
     files = [f"{stem}.safetensors"]
@@ -413,7 +484,7 @@ def stored_tensors(folder, stem):
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():
                     tensor = tensors.get_slice(name)
-                    stored[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+                    stored[name] = tuple(tensor.get_shape()), tensor.get_dtype(), path
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} must be a whole safetensors file: {error}; download it again") from error
     if listed is not None and listed.keys() != stored.keys():
@@ -479,6 +550,10 @@ def load(
     guidance_scale=6.0,
     mesh=None,
     seed=0,
+    micro_batch=1,
+    guidance_gradient="both",
+    checkpointing="full",
+    attention="auto",
 ):
     """A HunyuanPolicy from a hub id or a local folder in the layout of HunyuanVideo15Pipeline.
 
@@ -486,21 +561,35 @@ def load(
     lora_rank   0 trains all weights, as float32 masters; above 0, a float32 LoRA over a frozen base in compute_dtype
     mesh        the device mesh to shard over, or None
     seed        of the LoRA's first weights, the same on every rank
+    micro_batch the most samples in one forward pass
+    guidance_gradient   see HunyuanPolicy.velocity
+    checkpointing       see checkpoint_blocks
+    attention           auto or one of KERNELS
     """
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16: got {compute_dtype}")
     check_model(model)
+    exact_float32()
+    settings = load_component(HunyuanVideo15Transformer3DModel, model, "transformer", method="load_config")
+    kernel = attention_kernel(attention, device, compute_dtype, settings["attention_head_dim"])
     weight_dtype = compute_dtype if lora_rank else torch.float32
-    transformer = load_network(model, "transformer", weight_dtype)
-    prepare(transformer, lora_rank, seed)
     if mesh is None:
-        transformer.to(device)
-    else:  # moves one block after another to the GPU, which never holds the whole model: 33 GB in float32
-        shard(transformer, mesh, compute_dtype)
-    vae = load_network(model, "vae", torch.float32)
-    vae.to(device).requires_grad_(False)
+        transformer = load_network(model, "transformer", weight_dtype)
+        prepare(transformer, lora_rank, checkpointing, [kernel]).to(device)
+    else:
+        transformer = meta_transformer(settings)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(weight_dtype)
+        shard(prepare(transformer, lora_rank, checkpointing, [kernel]), mesh, compute_dtype)
+        transformer.to_empty(device=device)
+        hand_out(transformer, model)
+    draw_adapter(transformer, seed)
+    vae = one_after_another(lambda: load_network(model, "vae", torch.float32).to(device))
+    vae.requires_grad_(False)
     prompts = PromptEncoder(model, prompt_cache, device, compute_dtype)
-    return HunyuanPolicy(transformer, vae, prompts, shape, guidance_scale, compute_dtype)
+    return HunyuanPolicy(
+        transformer, vae, prompts, shape, guidance_scale, compute_dtype, micro_batch, guidance_gradient
+    )
 
 
 def load_network(model, name, dtype):
@@ -510,6 +599,69 @@ def load_network(model, name, dtype):
     )
     check_tensors(f"{name} of {model}", {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"]})
     return network
+
+
+@torch.no_grad()
+def hand_out(transformer, model):
+    """Give each rank its part of a sharded transformer's weights, tensor by tensor.
+
+    If every rank read the model before it is sharded, eight of them would fill 8 × 33 GB of one machine's memory.
+    """
+    first = dist.get_rank() == 0
+    read = weight_reader(model) if first else None
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            continue
+        if first:
+            stored = read(name.replace(".base_layer", ""))  # PEFT's name for a map with an adapter
+            whole = stored.to(parameter.device, parameter.dtype)
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        write_weight(parameter, whole, source=0)
+
+
+def weight_reader(model):
+    """A function name -> tensor of the transformer's weights. Those of a hub id are in memory as a whole."""
+    if not Path(model).is_dir():
+        return load_network(model, "transformer", torch.float32).state_dict().pop
+    stored = stored_tensors(Path(model) / "transformer", NETWORKS["transformer"][1])
+
+    def read(name):
+        _, _, path = stored[name]
+        with safe_open(path, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    return read
+
+
+@torch.no_grad()
+def draw_adapter(transformer, seed):
+    """The first weights of a LoRA, the same for any number of ranks: A as PEFT draws it, B = 0: it is the base model."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if "lora_A" in name:
+            bound = parameter.shape[1] ** -0.5
+            whole = bound * (2 * torch.rand(parameter.shape, generator=generator) - 1)
+            write_weight(parameter, whole.to(parameter.device), source=None)
+        elif "lora_B" in name:
+            parameter.zero_()
+
+
+def write_weight(parameter, whole, source):
+    """Write a tensor into a parameter, or this rank's part of it: of rank `source`'s tensor, or of its own (None)."""
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=source)
+    parameter.copy_(whole)
+
+
+def one_after_another(load):
+    """What `load` returns, called by one rank of each machine at a time, so that its host memory holds one copy."""
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        if turn == int(os.environ.get("LOCAL_RANK", 0)):
+            loaded = load()
+        if dist.is_initialized():
+            dist.barrier()
+    return loaded
 
 
 def load_tokenizers(model):
@@ -534,34 +686,51 @@ def load_tokenizers(model):
     return qwen, byt5
 
 
-def load_component(cls, model, name, **options):
+def load_component(cls, model, name, method="from_pretrained", **options):
     """One part of the model, with an error that says which part of which model cannot be loaded."""
     try:
-        return cls.from_pretrained(model, subfolder=name, **options)
+        return getattr(cls, method)(model, subfolder=name, **options)
     except Exception as error:  # files from outside can break a library in any way
         where = "download it again" if Path(model).is_dir() else "check spelling and network"
         raise OSError(f"cannot load {name} of {str(model)!r}: {error or type(error).__name__}; {where}") from error
 
 
-def prepare(transformer, lora_rank=0, seed=0):
-    """Make a stock transformer trainable: our attention, checkpointing, dead parts frozen, LoRA. Returns it."""
+def prepare(transformer, lora_rank=0, checkpointing="full", kernels=tuple(KERNELS)):
+    """Make a stock transformer trainable: our attention, checkpointing, dead parts frozen, LoRA (see draw_adapter)."""
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 (full fine-tuning) or positive: got {lora_rank}")
     for block in transformer.transformer_blocks:
-        block.attn.set_processor(UnmaskedAttention())
-    transformer.enable_gradient_checkpointing()  # stores only the input of each block; gradients stay bit-identical
+        block.attn.set_processor(UnmaskedAttention(kernels))
+    checkpoint_blocks(transformer, checkpointing)
     transformer.requires_grad_(lora_rank == 0)
     for name in dead_parts(transformer):
         transformer.get_submodule(name).requires_grad_(False)
     if lora_rank:
         config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=lora_targets(transformer))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            transformer.add_adapter(config)  # its B matrices are 0, so it starts as the base model
+        with torch.random.fork_rng(devices=[]):  # PEFT draws weights, which draw_adapter draws again
+            transformer.add_adapter(config)
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # bf16 would lose an update of 1e-5
     return transformer
+
+
+def checkpoint_blocks(transformer, kind):
+    """Let the backward pass recompute what a block computed, instead of storing it. The gradients stay the same.
+
+    full        only the input of each block is stored; the whole forward pass is done twice
+    attention   the attention's output, too: it costs most to recompute (60% of a pass at 352 × 624, 73% at 480 × 832),
+                and storing it takes 2·n·D bytes more for each block and pass. The plain kernel `math` is recomputed
+    none        everything is stored
+    """
+    if kind not in ("full", "attention", "none"):
+        raise ValueError(f"checkpointing must be full, attention or none: got {kind!r}")
+    if kind == "none":
+        return
+    stored = {}
+    if kind == "attention":
+        stored["context_fn"] = partial(create_selective_checkpoint_contexts, list(FUSED_ATTENTION))
+    transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **stored))
 
 
 def dead_parts(transformer):

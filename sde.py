@@ -187,11 +187,12 @@ class SDE:
     noisy_last_step   False turns the last step into an ODE step. The noise of that step stays in the sample which the
                reward sees. The released code keeps it (and trains the step); the toy turns it off, because this last
                noise causes most of the difference between the samplers
+    noisy_steps   places of the steps that may have noise; None: all. The others are steps of the ODE
 
     a, b, std, variance [T] (float64) and stochastic [T] (bool) may be read; a step with Σ = 0 is deterministic.
     """
 
-    def __init__(self, sde_type, eta, sigmas, noisy_last_step=True):
+    def __init__(self, sde_type, eta, sigmas, noisy_last_step=True, noisy_steps=None):
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
         if sde_type not in SDE_TYPES:
             raise ValueError(f"sde_type must be one of {', '.join(SDE_TYPES)}: got {sde_type!r}")
@@ -210,6 +211,10 @@ class SDE:
         self.variance = step_variances(sde_type, eta, sigmas)
         if not noisy_last_step:
             self.variance[-1] = 0
+        if noisy_steps is not None:
+            drawn = torch.zeros(self.num_steps, dtype=torch.bool)
+            drawn[noisy_steps] = True
+            self.variance[~drawn] = 0
         self.std = self.variance.sqrt()  # Eq. 6
         self.stochastic = self.variance > 0
         # A mean rule must be linear in (x, v). Its coefficients are then its values at (1, 0) and (0, 1), here for

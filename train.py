@@ -147,6 +147,10 @@ def load_hunyuan(config, run, device, mesh):
         guidance_scale=config.guidance_scale,
         mesh=mesh,
         seed=config.seed,
+        micro_batch=config.micro_batch,
+        guidance_gradient=config.guidance_gradient,
+        checkpointing=config.checkpointing,
+        attention=config.attention,
     )
 
 
@@ -154,6 +158,7 @@ def build(config, run, ranks, device, mesh):
     """(policy, training reward, evaluation reward, training prompts, evaluation prompts)."""
     if config.model == TOY:
         return ToyPolicy(), world.rewards, world.rewards, world.PROMPTS, world.PROMPTS
+    from hunyuan import one_after_another
     from videoalign import CLIPScore, PickScore, VideoAlign
 
     prompts, eval_prompts = read_prompts(config.prompts), read_prompts(config.eval_prompts)
@@ -161,14 +166,17 @@ def build(config, run, ranks, device, mesh):
     if config.model == TINY:
         prompts, eval_prompts = prompts[:4], eval_prompts[:4]
         videoalign, repo = build_tiny(run / "tiny", ranks, device)
-    reward = VideoAlign(videoalign, repo, device, fps=config.fps)
+    reward = one_after_another(lambda: VideoAlign(videoalign, repo, device, fps=config.fps))
     extra = []
     if config.clip_score:
         extra.append(CLIPScore(config.clip_score, device))
     if config.pick_score:
         extra.append(PickScore(config.pick_score, device))
     policy = load_hunyuan(config, run, device, mesh)
-    policy.encode(prompts + eval_prompts)  # now, so that the text encoders come and go once
+    if ranks.rank == 0:  # now, so that the text encoders come and go once; the other ranks find the prompts encoded
+        policy.encode(prompts + eval_prompts)
+    ranks.gather(torch.zeros(1, device=device)).sum().item()
+    policy.encode(prompts + eval_prompts)
     return policy, reward, partial(evaluation_reward, reward, extra), prompts, eval_prompts
 
 
@@ -353,7 +361,6 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     eval_reward = TimedReward(eval_reward, config.reward_timeout)
     optimizers = make_optimizers(policy.module, config)
     anchor = make_anchor(policy.module, config)
-    sde = config.sde()
     digests = prompt_digests(config)
     iteration, steps_made, line = 0, 0, {"iteration": 0}  # iterations, and optimizer steps, that the run has made
     if chosen is not None:
@@ -373,11 +380,13 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     while iteration < config.iterations and not stop:
         noise = sample_generators(config, "noise", iteration, ranks)
         orders = sample_generators(config, "order", iteration, ranks)
+        sde = config.sde(iteration)
+        common = generator(config.seed, "kl_steps", iteration)
         texts = own_prompts(prompts, config, iteration, ranks)
         enter("its rollout")
         batch = collect(policy, reward, texts, sde, noise, config, steps_made, ranks, partial(show_step, bar, config))
         enter("its update")
-        metrics, steps_made = update(policy, batch, config, optimizers, anchor, orders, iteration, steps_made, ranks)
+        metrics, steps_made = update(policy, batch, config, optimizers, anchor, orders, iteration, steps_made, ranks, common)
         for cause in reward.failures:
             print(f"rank {ranks.rank}, iteration {iteration + 1}: not scored: {cause}", file=sys.stderr)
         iteration += 1

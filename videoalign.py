@@ -63,6 +63,12 @@ PLAIN, BASE, LORA_A, LORA_B = "", ".base_layer", ".lora_A.default", ".lora_B.def
 NEW_NAMES = {"model": "model.language_model", "visual": "model.visual", "lm_head": "lm_head", "rm_head": "rm_head"}
 
 
+def exact_float32():
+    """Float32 products and convolutions in float32: on GPUs PyTorch would take TF32 for convolutions, with 10 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 class VideoAlign:
     """The reward function of VideoAlign (KwaiVGI/VideoReward): frozen, in fp32, on the classes of transformers 5.
 
@@ -72,6 +78,7 @@ class VideoAlign:
     """
 
     def __init__(self, folder, repo, device="cpu", batch_size=4, fps=24):
+        exact_float32()
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.fps = fps

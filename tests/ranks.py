@@ -1,6 +1,7 @@
 """Run by test_ranks.py under torch.distributed.run: the arguments of several train.py runs, separated by `/`.
 
 `muon-step FILE` in place of a run: one step of Muon on matrices whose gradients have full rank; see muon_step.
+`host-memory SMALL MODEL FOLDER`: what loading a model costs; see host_memory.
 
 Ranks are compared by rewards that do not depend on the videos. A reward sees uint8 pixels; one rank and two decode in
 batches of other shapes, a matrix product then rounds its last bits otherwise, a pixel at the edge between two values
@@ -8,8 +9,11 @@ goes to the other one, and a reward model turns that into a difference of 1e-3. 
 """
 
 import os
+import re
 import sys
+import threading
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -84,13 +88,48 @@ def muon_step(file, world=1, rank=0):
         torch.save({name: after[name] - before[name] for name in before}, file)
 
 
+def anonymous_memory():
+    """Bytes of this process without the pages of files, which the system may drop."""
+    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)
+
+
+def host_memory(small, model, folder, rank, mesh):
+    """Write how much more memory this rank takes, at most, while it loads and shards the model's transformer.
+
+    The small model comes first, so that what PyTorch itself allocates at a first time does not count.
+    """
+    import hunyuan
+
+    shape = hunyuan.latent_shape(5, 64, 48)
+    hunyuan.load(small, shape, Path(folder) / "cache", mesh=mesh)
+    before, done, seen = anonymous_memory(), threading.Event(), []
+
+    def watch():
+        while not done.wait(0.002):
+            seen.append(anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    policy = hunyuan.load(model, shape, Path(folder) / "cache", mesh=mesh)
+    done.set()
+    watcher.join()
+    (Path(folder) / f"memory-{rank}").write_text(str(max(seen) - before))
+    state = get_model_state_dict(policy.module, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        torch.save(state, Path(folder) / "loaded.pt")
+
+
 def obey_cpu_capability():
     """Under ATEN_CPU_CAPABILITY, attention by its plain kernel.
 
     On a CPU with AMX, the flash kernel of torch 2.13 packs bf16 for AVX-512 whatever that variable allows, and fails.
     """
     if "ATEN_CPU_CAPABILITY" in os.environ:
+        import hunyuan
+
         torch.backends.cuda.enable_flash_sdp(False)  # despite its name it is for CPUs, too
+        del hunyuan.KERNELS["flash"]
 
 
 def main(arguments):
@@ -107,6 +146,8 @@ def main(arguments):
         if run[0] == "muon-step":
             dist.init_process_group("gloo")
             muon_step(run[1], dist.get_world_size(), dist.get_rank())
+        elif run[0] == "host-memory":
+            host_memory(*run[1:], dist.get_rank(), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
         else:
             train.main(run)
 

@@ -1,5 +1,6 @@
 """Settings, presets, the command line and the plan of a run."""
 
+import re
 import time
 
 import pytest
@@ -200,3 +201,28 @@ def test_ranks_are_those_of_the_launch_or_of_the_plan(monkeypatch):
     assert config_module.planned_ranks(paper, options) == 16
     options.gpus = 2
     assert config_module.planned_ranks(paper, options) == 2
+
+
+def test_noisy_steps_are_drawn_anew_from_the_first_part_of_the_schedule():
+    config = Config(**PRESETS["toy"], sde_steps=3, sde_share=0.6)
+    assert config.trained_steps() == 3
+    drawn = [config.sde(iteration).stochastic for iteration in range(60)]
+    assert all(stochastic.sum() == 3 for stochastic in drawn)
+    share = torch.stack(drawn).double().mean(0)
+    assert (share[:6] - 0.5).abs().max() < 0.27 and not share[6:].any()  # four standard deviations
+    assert torch.equal(config.sde(7).std, config.sde(7).std)  # every rank and a resumed run draw the same
+    whole, (place, *_) = Config(**PRESETS["toy"]).sde(), drawn[0].nonzero().flatten()
+    assert config.sde(0).std[place] == whole.std[place]
+
+
+@pytest.mark.parametrize(
+    "options, rule",
+    [
+        (["--sde_steps", "7"], "sde_steps are drawn from the 6 noisy steps .*: got 7; lower it"),
+        (["--sde_steps", "4", "--kl_steps", "5"], "kl_steps are among the 4 trained steps: got 5"),
+    ],
+)
+def test_steps_that_cannot_be_drawn(options, rule, capsys):
+    with pytest.raises(SystemExit):
+        parse(options)
+    assert re.search(rule, capsys.readouterr().err)

@@ -16,6 +16,7 @@ from grpo import (
     evaluate,
     micro_batches,
     micro_batches_per_step,
+    position_weights,
     reference_means,
     update,
 )
@@ -48,7 +49,7 @@ class LinearPolicy:
 
     def velocity(self, x, sigma, cond):
         self.passes += 1
-        return self.module(x) + sigma[:, None] * torch.stack(cond)
+        return self.module(x) + sigma[:, None] * torch.stack(cond).repeat_interleave(len(x) // len(cond), 0)
 
     def decode(self, x):
         return x
@@ -264,7 +265,8 @@ def test_reference_means_swap_the_anchor_in_once():
         return swapped_in()
 
     anchor.swapped_in = counted
-    means = reference_means(policy, batch, replace(CONFIG, micro_batch=2), anchor)
+    every = position_weights(batch.sde, 0, None)
+    means = reference_means(policy, batch, replace(CONFIG, micro_batch=2), anchor, every)
     assert len(swaps) == 1
     for k in range(T):
         x, sigma = batch.trajectory.states[:, k], batch.sde.sigmas[k].float().expand(B)
@@ -286,6 +288,34 @@ def test_position_kl_is_measured_against_the_anchor():
     torch.testing.assert_close(start - policy.module.weight.detach(), gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_the_position_kl_of_some_steps_is_that_of_all_on_average():
+    """Gradient and metric, over all ten choices of 2 of 5 steps; and the other steps cost no reference pass."""
+    config = replace(CONFIG, kl_mode="fixed", kl_schedule="fixed", kl_lambda=0.3)
+    sde, choices = SDE("sage_grpo", 0.5, sigma_schedule(T)), {}
+    for seed in range(100):
+        weights = position_weights(sde, 2, torch.Generator().manual_seed(seed))
+        choices[tuple(weights.nonzero().flatten().tolist())] = seed
+    assert len(choices) == math.comb(T, 2)
+
+    def change(kl_steps, seed=0):
+        policy, batch = rolled_out(config, sde)
+        anchor, start = shifted_anchor(policy, batch), policy.module.weight.detach().clone()
+        optimizer, common = torch.optim.SGD(policy.module.parameters(), lr=1.0), torch.Generator().manual_seed(seed)
+        drawn, given = replace(config, kl_steps=kl_steps), generators(100)
+        metrics, _ = update(policy, batch, drawn, [optimizer], anchor, given, 0, 7, common=common)
+        assert metrics["update_passes"] == T + (kl_steps or T)
+        return policy.module.weight.detach() - start, metrics["kl_position"]
+
+    some = [change(2, seed) for seed in choices.values()]
+    changes, metrics = torch.stack([weights for weights, _ in some]), [metric for _, metric in some]
+    whole, metric = change(0)
+    torch.testing.assert_close(changes.mean(0), whole, rtol=1e-4, atol=1e-6)
+    assert sum(metrics) / len(metrics) == pytest.approx(metric, rel=1e-4)
+    assert (changes[0] - changes[1]).abs().max() > 1e-3 and max(metrics) > 1.1 * min(metrics)
+    with pytest.raises(ValueError, match="kl_steps are drawn from a generator"):
+        position_weights(sde, 2, None)
+
+
 def test_the_velocity_term_has_its_weight_and_form():
     """Dual KL after a first optimizer step: Eq. 12 in closed form, times β_vel·λ_KL, beside the position term."""
     config = replace(
@@ -296,6 +326,7 @@ def test_the_velocity_term_has_its_weight_and_form():
         kl_lambda=0.4,
         beta_pos=0.7,
         beta_vel=0.5,
+        ratio_tolerance=1.0,
     )
     policy, batch = rolled_out(config)
     anchor = shifted_anchor(policy, batch)
@@ -317,6 +348,26 @@ def test_lambda_follows_its_schedule():
     policy, batch = rolled_out(config)
     seen = [one_update(policy, batch, config, iteration=i, learning_rate=0.0)[0]["lambda_kl"] for i in (0, 1, 2)]
     assert seen == [1e-7, 1e-7, 1e-5]
+
+
+def test_noise_and_training_on_some_steps():
+    """The others are steps of the ODE, and the update is the gradient of Eq. 4 over the noisy ones alone."""
+    sde = SDE("sage_grpo", 0.5, sigma_schedule(T), noisy_steps=torch.tensor([3, 1]))
+    policy, batch = rolled_out(sde=sde)
+    assert sde.stochastic.tolist() == [False, True, False, True, False]
+    for k in (0, 2, 4):
+        x, sigma = batch.trajectory.states[:, k], sde.sigmas[k].float().expand(B)
+        with torch.no_grad():
+            euler = x - (sde.sigmas[k] - sde.sigmas[k + 1]).float() * policy.velocity(x, sigma, batch.conditions)
+        torch.testing.assert_close(batch.trajectory.states[:, k + 1], euler, rtol=1e-5, atol=1e-6)
+    scales, total = equalizer_scales(sde).float(), 0.0
+    for k in (1, 3):
+        x, sigma = batch.trajectory.states[:, k], sde.sigmas[k].float().expand(B)
+        mean, std = sde.transition(x, policy.velocity(x, sigma, batch.conditions), k)
+        per_sample = -batch.advantages * scales[k] * log_prob(batch.trajectory.states[:, k + 1], mean, std)
+        total = total + per_sample.mean() / 2
+    (gradient,) = torch.autograd.grad(total, policy.module.weight)
+    torch.testing.assert_close(-weight_change(policy, batch, CONFIG), gradient, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- failures
@@ -394,8 +445,21 @@ def test_a_wrong_first_ratio_is_an_error():
     policy, batch = rolled_out()
     with torch.no_grad():
         policy.module.weight.mul_(1.05)
-    with pytest.raises(RuntimeError, match="the ratio must be 1 before the first optimizer step"):
+    with pytest.raises(RuntimeError, match="the ratio must be 1 before the first optimizer step.*--attention"):
         one_update(policy, batch, replace(CONFIG, clip_range=1e-4))
+
+
+def test_a_first_ratio_within_its_tolerance_is_logged_and_warned_of_above_the_clip_range(capsys):
+    errors = []
+    for moved in (1.0, 1.0001):
+        policy, batch = rolled_out()
+        with torch.no_grad():  # stands for a kernel that rounds otherwise
+            policy.module.weight.mul_(moved)
+        metrics, _ = one_update(policy, batch, replace(CONFIG, clip_range=1e-6, optimizer_steps=T))
+        errors.append(metrics["first_ratio_error"])
+        assert metrics["first_ratio_error"] < metrics["ratio_max"] - metrics["ratio_min"]  # the first step's alone
+        assert ("the ratio was off by" in capsys.readouterr().err) == (moved != 1)
+    assert errors[0] < 1e-6 < errors[1] < 1e-3
 
 
 def test_a_non_finite_loss_stops_before_the_optimizer_acts():
@@ -439,7 +503,7 @@ def test_a_group_may_span_ranks():
         def gather(self, tensor):
             return next(self.answers)
 
-    config = replace(CONFIG, group_size=8)
+    config = replace(CONFIG, group_size=8, micro_batch=4)
     scores = reward(whole.trajectory.states[:, -1], prompts)
     _, one = rolled_out(config)
     for rank in (0, 1):
@@ -461,6 +525,68 @@ def test_a_group_may_span_ranks():
 def test_settings_that_cannot_work(changes, rule):
     with pytest.raises(ValueError, match=rule):
         replace(CONFIG, **changes).check_algorithm()
+
+
+class RankOfMany(OneRank):
+    """One rank of several, whose others have the same rewards."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+
+    def gather(self, tensor):
+        return tensor.repeat(self.world)
+
+
+def calls_of_rank(ranks, config):
+    """(samples, conditions) of every call of velocity in an iteration of one rank, and the prompts of its samples."""
+    calls = []
+
+    class Recorded(LinearPolicy):
+        def velocity(self, x, sigma, cond):
+            calls.append((len(x), len(cond)))
+            return super().velocity(x, sigma, cond)
+
+    places = range(ranks.rank * config.batch_size, (ranks.rank + 1) * config.batch_size)
+    prompts = ["x" * (1 + place // config.group_size) for place in places]
+    noise = [torch.Generator().manual_seed(place) for place in places]
+    policy, sde = Recorded(), SDE("sage_grpo", 0.5, sigma_schedule(T))
+    batch = collect(policy, reward, prompts, sde, noise, config, 0, ranks)
+    anchor, optimizer = shifted_anchor(policy, batch), torch.optim.SGD(policy.module.parameters(), lr=0.0)
+    metrics, _ = update(policy, batch, config, [optimizer], anchor, noise, 0, 7, ranks)
+    made = list(calls)
+    # Every pass had the right conditions: the update's are the rollout's, and the reference's are those of one by one.
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)
+    every = position_weights(sde, 0, None)
+    one_by_one = reference_means(policy, batch, replace(config, micro_batch=1), anchor, every)
+    torch.testing.assert_close(reference_means(policy, batch, config, anchor, every), one_by_one)
+    x, sigma = batch.trajectory.states[:, 0], torch.ones(len(prompts))
+    mean, _ = sde.transition(x, policy.velocity(x, sigma, policy.encode(prompts)), 0)
+    torch.testing.assert_close(batch.trajectory.means[:, 0], mean)
+    return made, prompts
+
+
+@pytest.mark.parametrize(
+    "world, batch_size, group_size, micro_batch, together", [(2, 6, 4, 3, 1), (2, 6, 4, 2, 2), (3, 8, 6, 4, 2)]
+)
+def test_every_rank_makes_the_same_passes(world, batch_size, group_size, micro_batch, together):
+    """Although groups span the ranks, and a micro-batch holds two prompts on one rank and one on another."""
+    sizes = dict(batch_size=batch_size, group_size=group_size, micro_batch=micro_batch)
+    config = replace(CONFIG, kl_mode="moving", max_failed_rewards=0.0, **sizes)
+    calls, held = [], []
+    for rank in range(world):
+        made, prompts = calls_of_rank(RankOfMany(rank, world), config)
+        calls.append(made)
+        held.append([len(set(prompts[i : i + micro_batch])) for i in range(0, batch_size, micro_batch)])
+    rollout_calls = [(batch_size, batch_size // together)] * T
+    update_calls = [(micro_batch, micro_batch // together)] * (2 * T * batch_size // micro_batch)
+    assert all(made == rollout_calls + update_calls for made in calls)
+    assert (held[0] != held[1]) == (group_size % micro_batch > 0)
+
+
+def test_samples_of_a_prompt_must_stand_together():
+    sde = SDE("sage_grpo", 0.5, sigma_schedule(T))
+    with pytest.raises(ValueError, match="the 4 samples of a prompt must stand next to each other"):
+        collect(LinearPolicy(), reward, ["a", "b"] * 4, sde, generators(0), CONFIG)
 
 
 def test_divisibility_of_the_batch():

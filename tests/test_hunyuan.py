@@ -9,8 +9,10 @@ import torch.distributed as dist
 from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import hunyuan
+from grpo import GRPOConfig, collect, update
 from hunyuan import HunyuanPolicy, PromptEncoder, latent_shape, load, memory_estimate, meta_transformer, token_count
 from sde import SDE, rollout, sigma_schedule
 from tiny.hunyuan import build_tiny_hunyuan
@@ -158,6 +160,35 @@ def test_a_batch_of_different_prompts_equals_one_by_one(make):
     assert (together - swapped).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("micro_batch, batches", [(2, [2, 2, 2, 2]), (4, [2, 2, 4])])
+def test_samples_of_one_prompt_run_as_one_batch(make, lora_rank, micro_batch, batches):
+    """Four samples of two prompts at four noise levels, and their unconditional branch: velocity and gradients."""
+    policy, cond, _ = make(lora_rank=lora_rank)
+    randomise(trainable(policy).values())
+    x, sigma, sizes = noise(4, *SHAPE), torch.tensor([0.97826, 0.4, 0.7, 0.1]), []
+    policy.module.x_embedder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+
+    def velocity_and_gradients(cond):
+        policy.module.zero_grad()
+        v = policy.velocity(x, sigma, cond)
+        (v * noise(*x.shape, seed=2)).sum().backward()
+        return v.detach(), {name: parameter.grad for name, parameter in trainable(policy).items()}
+
+    alone, gradients_alone = velocity_and_gradients([cond[0], cond[0], cond[1], cond[1]])
+    assert sizes == [1] * 8
+    sizes.clear()
+    policy.micro_batch = micro_batch
+    together, gradients_together = velocity_and_gradients(cond)
+    assert sizes == batches and policy.passes == 8 + 8  # counted per sample
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5 * alone.abs().max())
+    largest = max(gradient.norm() for gradient in gradients_alone.values())
+    for name, gradient in gradients_alone.items():  # one of them is 0 up to rounding: that of a bias of the keys
+        assert (gradients_together[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-7 * largest, name
+    swapped, _ = velocity_and_gradients(cond[::-1])
+    assert (swapped - alone).abs().max() > 1e-3 * alone.abs().max()
+
+
 def test_no_attention_mask_over_the_video(make, pipeline, monkeypatch):
     policy, cond, x = make()
     shapes, attention = [], torch.nn.functional.scaled_dot_product_attention
@@ -178,6 +209,35 @@ def test_no_attention_mask_over_the_video(make, pipeline, monkeypatch):
         shapes.clear()
         stock_velocity(pipeline.transformer, policy, x, cond)
         assert joint <= {length for length, mask in shapes if mask == (1, 1, length, length)}  # what ours avoids
+
+
+@pytest.mark.parametrize("attention, found", [("auto", "flash"), ("flash", "flash"), ("math", "math")])
+def test_one_attention_kernel_with_and_without_a_gradient(make, attention, found):
+    """On the CPU, which has two: the fused operator is called in both cases, or in neither."""
+    if found not in hunyuan.KERNELS:
+        pytest.skip("this process may not use it: see ranks.obey_cpu_capability")
+    exact, cond, x = make()
+    policy, _, _ = make(attention=attention)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    torch.testing.assert_close(policy.velocity(x, SIGMA, cond), exact.velocity(x, SIGMA, cond), rtol=0, atol=1e-5)
+    for with_gradient in (False, True):
+        with FlopCounterMode(display=False, custom_mapping={fused: lambda *shapes, **options: 1}) as counter:
+            with torch.set_grad_enabled(with_gradient):
+                policy.velocity(x, SIGMA, cond)
+        blocks = counter.get_flop_counts()["HunyuanVideo15Transformer3DModel.transformer_blocks.0.attn"]
+        assert (fused in blocks) == (found == "flash")
+
+
+def test_an_attention_kernel_that_does_not_run_is_refused_before_the_weights(folder, cache, monkeypatch):
+    monkeypatch.setattr(hunyuan, "load_network", lambda *arguments: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match="attention must have a kernel that runs on cpu in torch.float32 .*cudnn: "):
+        load(folder, SHAPE, cache, attention="cudnn")
+
+
+def test_float32_is_not_tf32(make):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    make()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 @torch.no_grad()
@@ -202,6 +262,71 @@ def test_checkpointing_leaves_gradients_bit_identical(make, lora_rank):
     policy.module.disable_gradient_checkpointing()
     plain = gradients(policy, x, cond)
     assert checkpointed.keys() == plain.keys() and all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_selective_checkpointing_saves_the_attention_alone(make, lora_rank):
+    """At an attention-heavy size: the same gradients, and fewer FLOPs than full checkpointing by the attention's."""
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def forward_flops(q, k, *rest, **options):
+        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]  # Q·Kᵀ and the sum over V
+
+    def backward_flops(grad, q, k, *rest, **options):
+        return 10 * q[0] * q[1] * q[2] * k[2] * q[3]  # five products of that size: one is the scores', again
+
+    formulas = {cpu_attention: forward_flops, backward: backward_flops}
+    x, flops, found = noise(1, 32, 2, 14, 14), {}, {}
+    for kind in ("full", "attention", "none"):
+        policy, cond, _ = make(lora_rank=lora_rank, guidance_scale=1.0, checkpointing=kind)
+        randomise(trainable(policy).values())
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            policy.velocity(x, SIGMA[:1], cond[1:]).square().sum().backward()
+        flops[kind] = counter.get_total_flops()
+        found[kind] = {name: parameter.grad for name, parameter in trainable(policy).items()}
+    for kind in ("full", "attention"):
+        for name, gradient in found["none"].items():
+            assert torch.equal(found[kind][name], gradient), (kind, name)
+    tokens = 2 * 14 * 14 + len(cond[1].text)
+    width, blocks = 2 * 16, 2
+    assert flops["full"] - flops["attention"] == blocks * 4 * tokens**2 * width
+    assert flops["none"] < flops["attention"] < 0.9 * flops["full"]
+
+
+# ------------------------------------------------------------------------------------------------ guidance's gradient
+def test_conditional_guidance_has_the_gradient_of_its_branch_alone(make):
+    policy, cond, x = make()
+    exact = policy.velocity(x, SIGMA, cond).detach()
+    policy.guidance_gradient, before = "conditional", policy.passes
+    assert torch.equal(policy.velocity(x, SIGMA, cond), exact) and policy.passes - before == 4
+    ours = gradients(policy, x, cond)
+    policy.guidance_scale = 1.0  # v = v_cond; the gradient of the guided velocity is 6 times that one's
+    alone = gradients(policy, x, cond)
+    assert ours.keys() == alone.keys()
+    largest = max(gradient.norm() for gradient in alone.values())
+    for name, gradient in alone.items():
+        assert (ours[name] - 6 * gradient).norm() < 6 * (1e-4 * gradient.norm() + 1e-7 * largest), name
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 2])
+def test_the_rollouts_unconditional_branch_is_not_computed_again(make, optimizer_steps):
+    """Until the first optimizer step; after it the branch is computed, without a gradient."""
+    policy, _, _ = make(guidance_gradient="conditional", micro_batch=2)
+    config = GRPOConfig(batch_size=4, micro_batch=2, kl_mode="none", optimizer_steps=optimizer_steps, clip_range=1e-4)
+    sde, noises = SDE("sage_grpo", 0.5, sigma_schedule(2)), [torch.Generator().manual_seed(i) for i in range(4)]
+
+    def reward(videos, prompts):
+        return {name: torch.arange(len(prompts)).float() for name in ("VQ", "MQ", "TA")}
+
+    batch = collect(policy, reward, PROMPTS[:1] * 4, sde, noises, config)
+    assert policy.passes == 4 * 2 * 2  # samples × steps × branches
+    optimizer = torch.optim.SGD(trainable(policy).values(), lr=0.1)
+    metrics, _ = update(policy, batch, config, [optimizer], None, noises, 0, 0)
+    assert metrics["update_passes"] == {1: 4 * 2, 2: 4 + 4 * 2}[optimizer_steps]
+    assert metrics["grad_norm"] > 0
+    off = max(abs(metrics["ratio_max"] - 1), abs(metrics["ratio_min"] - 1))
+    assert off < 1e-5 if optimizer_steps == 1 else off > 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ what is trained
@@ -374,7 +499,8 @@ def test_bad_arguments_say_what_to_do(folder, cache, tmp_path, make):
         load(folder, SHAPE, cache, lora_rank=-1)
     policy, cond, x = make()
     wrong = [((x.bfloat16(), SIGMA, cond), "x must be float32"), ((x[:, :3], SIGMA, cond), "x must be float32")]
-    wrong += [((x, *rest), "one sigma and one") for rest in ((SIGMA, cond[:1]), (SIGMA[:1], cond), (SIGMA[0], cond))]
+    for rest in ((SIGMA, [*cond, *cond]), (SIGMA, []), (SIGMA[:1], cond), (SIGMA[0], cond)):
+        wrong.append(((x, *rest), "one sigma per sample"))
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
             policy.velocity(*arguments)

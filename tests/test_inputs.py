@@ -111,6 +111,10 @@ OUT_OF_BOUNDS = {
     "batch_size": ("1000001",),
     "micro_batch": ("99999999",),
     "kl_switch": ("99999999999",),
+    "kl_steps": ("-1", "100000"),
+    "sde_steps": ("-1", "100000"),
+    "sde_share": ("0", "1.5", "nan"),
+    "ratio_tolerance": ("0", "inf"),
 }
 OUT_OF_VIDEO_BOUNDS = {
     "frames": ("1", "0", "-3", "4097"),
