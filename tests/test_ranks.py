@@ -42,7 +42,8 @@ def options(folder, name, world, *extra):
     samples = SPANNING_SAMPLES if name.startswith("spanning") else 4
     return [
         *("--preset", "tiny", "--runs", str(folder), "--name", name),
-        *("--batch_size", str(samples // world), "--micro_batch", str(world), "--num_steps", "2", "--optimizer_steps", "2"),
+        *("--batch_size", str(samples // world), "--micro_batch", str(world)),
+        *("--num_steps", "2", "--optimizer_steps", "2"),
         *("--learning_rate", "3e-3", "--stepwise_kl", "closed_form", "--anchor_every", "4", "--kl_lambda", "1"),
         *("--kl_schedule", "fixed", "--iterations", "3", "--checkpoint_every", "3"),
         *("--eval_every", "100", "--eval_steps", "1"),
