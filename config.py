@@ -555,15 +555,16 @@ def arithmetic(config, ranks):
         f"micro-batches            {micro_batches} = {sizes} per iteration and rank",
         f"optimizer steps          {config.optimizer_steps} per iteration, of {per_step} micro-batches each;"
         f" {in_all} in all, {config.optimizer}",
-        f"passes per rank          rollout {passes} × {config.num_steps}, update {trained_passes} × {trained} with gradient;"
-        f" counted per sample{doubled}",
+        f"passes per rank          rollout {passes} × {config.num_steps}, update {trained_passes} × {trained} with"
+        f" gradient; counted per sample{doubled}",
     ]
     if trained_passes < passes and config.optimizer_steps > 1:
         lines.append("                         from the second optimizer step on as many more without gradient")
     w_pos, _ = kl_weights(config.kl_mode)
     if w_pos:
         lines.append(
-            f"reference passes         {passes} × {config.kl_steps or trained} without gradient, unless the anchor is the rollout's policy"
+            f"reference passes         {passes} × {config.kl_steps or trained} without gradient, unless the anchor is the"
+            " rollout's policy"
         )
     if config.kl_mode in ("moving", "dual"):
         often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one

@@ -402,16 +402,13 @@ def micro_batches_per_step(num_samples, num_trained_steps, config):
     return passes // config.optimizer_steps
 
 
-def update(
-    policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank(), common=None
-):
+def update(policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank()):
     """One pass over a batch of rollouts. Returns (metrics, optimizer steps made so far).
 
     Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. All
     trained steps of all samples go into config.optimizer_steps optimizer steps, evenly. Both terms are means over the
     steps, so a λ_KL for a literal Σ_t would be T times ours.
-    anchor: an Anchor, or None where the KL mode has no position term. common: a generator of what all ranks draw alike,
-    for kl_steps. A sample whose reward failed takes no part.
+    anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
     """
     started, passes = time.perf_counter(), policy.passes
     per_step = micro_batches_per_step(len(batch.valid), int(batch.sde.stochastic.sum()), config)
@@ -420,7 +417,7 @@ def update(
     )
     scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
-    w_position = position_weights(batch.sde, config.kl_steps, common)
+    w_position = position_weights(batch.sde, config.kl_steps, generators, ranks)
     means_ref = reference_means(policy, batch, config, anchor, w_position)
     logs, grad_norms = [], []
     for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
@@ -445,20 +442,18 @@ def update(
     return metrics, steps_made
 
 
-def position_weights(sde, count, generator):
+def position_weights(sde, count, generators, ranks):
     """Weight of each step's position KL, float64 [T]: K/n at n = `count` of the K trained steps, drawn anew.
 
     Each trained step has the mean weight 1, so the mean gradient over draws is the one with all steps, which 0 stands
-    for. The other steps need no reference pass.
+    for. The other steps need no reference pass. Every rank takes the draw of the first rank's first sample.
     """
-    weights = sde.stochastic.double()
-    if count:
-        if generator is None:
-            raise ValueError("kl_steps are drawn from a generator that all ranks share: got none; hand in `common`")
-        trained = sde.stochastic.nonzero().flatten()
-        chosen = trained[torch.randperm(len(trained), generator=generator)[:count]]
-        weights = torch.zeros_like(weights)
-        weights[chosen] = len(trained) / count
+    if not count:
+        return sde.stochastic.double()
+    trained = sde.stochastic.nonzero().flatten()
+    order, *_ = ranks.exchange(torch.randperm(len(trained), generator=generators[0]).tolist())
+    weights = torch.zeros(sde.num_steps, dtype=torch.float64)
+    weights[trained[order[:count]]] = len(trained) / count
     return weights
 
 

@@ -465,7 +465,7 @@ def check_network(model, name):
 
 
 def stored_tensors(folder, stem):
-    """{name: (shape, dtype, file)} from the headers of a network's safetensors files, which also give away a cut file."""
+    """{name: (shape, dtype, file)} from the headers of a network's safetensors files; they also give away a cut file."""
     index = folder / f"{stem}.safetensors.index.json"
     listed = None
     files = [f"{stem}.safetensors"]
@@ -636,7 +636,7 @@ def weight_reader(model):
 
 @torch.no_grad()
 def draw_adapter(transformer, seed):
-    """The first weights of a LoRA, the same for any number of ranks: A as PEFT draws it, B = 0: it is the base model."""
+    """The first weights of a LoRA, on any number of ranks the same: A as PEFT draws it, and B = 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
         if "lora_A" in name:

@@ -381,12 +381,11 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
         noise = sample_generators(config, "noise", iteration, ranks)
         orders = sample_generators(config, "order", iteration, ranks)
         sde = config.sde(iteration)
-        common = generator(config.seed, "kl_steps", iteration)
         texts = own_prompts(prompts, config, iteration, ranks)
         enter("its rollout")
         batch = collect(policy, reward, texts, sde, noise, config, steps_made, ranks, partial(show_step, bar, config))
         enter("its update")
-        metrics, steps_made = update(policy, batch, config, optimizers, anchor, orders, iteration, steps_made, ranks, common)
+        metrics, steps_made = update(policy, batch, config, optimizers, anchor, orders, iteration, steps_made, ranks)
         for cause in reward.failures:
             print(f"rank {ranks.rank}, iteration {iteration + 1}: not scored: {cause}", file=sys.stderr)
         iteration += 1

@@ -265,7 +265,7 @@ def test_reference_means_swap_the_anchor_in_once():
         return swapped_in()
 
     anchor.swapped_in = counted
-    every = position_weights(batch.sde, 0, None)
+    every = position_weights(batch.sde, 0, None, OneRank())
     means = reference_means(policy, batch, replace(CONFIG, micro_batch=2), anchor, every)
     assert len(swaps) == 1
     for k in range(T):
@@ -293,16 +293,15 @@ def test_the_position_kl_of_some_steps_is_that_of_all_on_average():
     config = replace(CONFIG, kl_mode="fixed", kl_schedule="fixed", kl_lambda=0.3)
     sde, choices = SDE("sage_grpo", 0.5, sigma_schedule(T)), {}
     for seed in range(100):
-        weights = position_weights(sde, 2, torch.Generator().manual_seed(seed))
+        weights = position_weights(sde, 2, generators(seed), OneRank())
         choices[tuple(weights.nonzero().flatten().tolist())] = seed
     assert len(choices) == math.comb(T, 2)
 
     def change(kl_steps, seed=0):
         policy, batch = rolled_out(config, sde)
         anchor, start = shifted_anchor(policy, batch), policy.module.weight.detach().clone()
-        optimizer, common = torch.optim.SGD(policy.module.parameters(), lr=1.0), torch.Generator().manual_seed(seed)
-        drawn, given = replace(config, kl_steps=kl_steps), generators(100)
-        metrics, _ = update(policy, batch, drawn, [optimizer], anchor, given, 0, 7, common=common)
+        optimizer, drawn = torch.optim.SGD(policy.module.parameters(), lr=1.0), replace(config, kl_steps=kl_steps)
+        metrics, _ = update(policy, batch, drawn, [optimizer], anchor, generators(seed), 0, 7)
         assert metrics["update_passes"] == T + (kl_steps or T)
         return policy.module.weight.detach() - start, metrics["kl_position"]
 
@@ -312,8 +311,6 @@ def test_the_position_kl_of_some_steps_is_that_of_all_on_average():
     torch.testing.assert_close(changes.mean(0), whole, rtol=1e-4, atol=1e-6)
     assert sum(metrics) / len(metrics) == pytest.approx(metric, rel=1e-4)
     assert (changes[0] - changes[1]).abs().max() > 1e-3 and max(metrics) > 1.1 * min(metrics)
-    with pytest.raises(ValueError, match="kl_steps are drawn from a generator"):
-        position_weights(sde, 2, None)
 
 
 def test_the_velocity_term_has_its_weight_and_form():
@@ -556,7 +553,7 @@ def calls_of_rank(ranks, config):
     made = list(calls)
     # Every pass had the right conditions: the update's are the rollout's, and the reference's are those of one by one.
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)
-    every = position_weights(sde, 0, None)
+    every = position_weights(sde, 0, None, OneRank())
     one_by_one = reference_means(policy, batch, replace(config, micro_batch=1), anchor, every)
     torch.testing.assert_close(reference_means(policy, batch, config, anchor, every), one_by_one)
     x, sigma = batch.trajectory.states[:, 0], torch.ones(len(prompts))
