@@ -268,7 +268,9 @@ def call_reward(reward, videos, prompts, ranks, device):
         if problem:
             return {}, problem
         return {name: values.detach().double().to(device) for name, values in scores.items()}, ""
-    except Exception as error:  # whatever the user's code raises: all ranks must hear of it
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's code raises, sys.exit() too: all ranks must hear of it
         cause = f"it raised {type(error).__name__}: {error}"
         print(f"\nrank {ranks.rank}: the reward must score videos: {cause}", file=sys.stderr)
         traceback.print_exc()
@@ -346,6 +348,9 @@ def evaluate(
         _, trajectory = sample(policy, texts, latent_shape, sde, noise)
         videos = policy.decode(trajectory.states[:, -1])
         part, _ = score(reward, videos, texts, ranks, device)
+        if parts and part.keys() != parts[0].keys():
+            names = f"{', '.join(parts[0])} first, then {', '.join(part)}"
+            raise RuntimeError(f"a reward must return the same names at every call (rewards.py): got {names}")
         parts.append(part)
         for place, video in zip(chosen, videos, strict=True):
             kept.append(keep(place, video))
@@ -551,9 +556,9 @@ def optimizer_step(optimizers, parameters, max_grad_norm, loss):
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards under FSDP2
     if not (norm.isfinite() and loss.isfinite()):
         raise FloatingPointError(
-            f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. The weights were not "
-            "touched; the last checkpoint is good. Lower the learning rate, or look at the reward and ratio of the "
-            "last lines of metrics.jsonl"
+            f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. No step was made of them, but "
+            "the policy may have gone astray before: look in metrics.jsonl for the last iteration with a steady reward "
+            "and gradient norm, and go on from a checkpoint before it with a lower learning rate"
         )
     for optimizer in optimizers:
         optimizer.step()

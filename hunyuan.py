@@ -282,7 +282,6 @@ class PromptEncoder:
         self.device = device
         self.dtype = dtype
         self.version = encoders_version(model)
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, prompts):
         found = {prompt: self._read(prompt) for prompt in prompts}
@@ -322,7 +321,7 @@ class PromptEncoder:
     def _read(self, prompt):
         """What the file of a text holds. None where it is missing, damaged or another text's: it is encoded anew."""
         path = self.path(prompt)
-        if not path.exists():
+        if not path.is_file():  # reading a pipe would wait for ever
             return None
         try:
             with safe_open(path, framework="pt") as file:
@@ -342,6 +341,7 @@ class PromptEncoder:
         tensors = {name: tensor.contiguous() for name, tensor in encoded._asdict().items()}
         content = save(tensors, metadata={"checksum": checksum(path, tensors)})
         temporary = None
+        self.folder.mkdir(parents=True, exist_ok=True)  # here, since it may be removed during a run
         try:
             with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
                 temporary = Path(file.name)

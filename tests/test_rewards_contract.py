@@ -1,5 +1,6 @@
 """Rewards: a correct batch, or one error that names rank, sample and value. And mp4 files on a full disk."""
 
+import asyncio
 import math
 import resource
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo import GRPOConfig, OneRank, collect, score
+from grpo import GRPOConfig, OneRank, collect, evaluate, score
 from rewards import MAX_SIZE, broken_rule
 from sde import SDE, sigma_schedule
 from test_grpo import LinearPolicy, T, generators
@@ -115,6 +116,22 @@ def test_the_cause_of_a_failed_sample_comes_with_its_rank():
         lambda videos, prompts: {"VQ": torch.zeros(1), "MQ": torch.ones(1)}, None, ["a"], ranks, "cpu"
     )
     assert causes == ["rank 1, sample 0: the video is black"] and list(scores) == ["VQ", "MQ"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("bye"), asyncio.CancelledError()])
+def test_a_reward_that_exits_is_named(error):
+    def leaving(videos, prompts):
+        raise error
+
+    with pytest.raises(RuntimeError, match=f"rank 0, it raised {type(error).__name__}"):
+        score(leaving, None, ["a"], OneRank(), "cpu")
+
+
+def test_the_names_of_a_reward_may_not_change_between_calls():
+    calls = iter([{"VQ": torch.zeros(8), "MQ": torch.zeros(8), "TA": torch.zeros(8)}, {"VQ": torch.zeros(8)}])
+    ode, noise = SDE("sage_grpo", 0.0, sigma_schedule(T, 5.0)), [*generators(0), *generators(8)]
+    with pytest.raises(RuntimeError, match="same names at every call .*: got VQ, MQ, TA first, then VQ"):
+        evaluate(LinearPolicy(), lambda videos, prompts: next(calls), ["a"] * 16, LinearPolicy.latent_shape, ode, noise, CONFIG)
 
 
 def test_a_failed_sample_without_a_cause_is_named():
