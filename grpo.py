@@ -22,7 +22,8 @@ A policy is any object with
     module            the nn.Module that is trained
     latent_shape      shape of one training sample's x, without the batch
     encode(prompts)   -> list with one condition per prompt, of whatever kind velocity takes
-    velocity(x [B, …], sigma [B], cond list of B) -> v [B, …]; gradients flow; guidance is inside
+    velocity(x [B, …], sigma [B], cond list of P) -> v [B, …]; gradients flow; guidance is inside. P divides B, and
+                      each condition is that of B / P samples next to each other, so that they can run as one batch
     decode(x [B, …])  -> uint8 video [B, F, C, H, W]
     passes            how many forward passes of the network velocity has made so far
 A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed sample: see rewards.py. It may keep the
@@ -107,7 +108,10 @@ class GRPOConfig:
         OPTIMIZATION, 1, "optimizer steps per iteration [paper and release: 1]", bounds=(1, 10**4)
     )
     micro_batch: int = option(
-        OPTIMIZATION, 1, "samples per forward and backward pass, per rank [paper: 2]", bounds=(1, 10**6)
+        OPTIMIZATION, 1,
+        "samples per forward and backward pass, per rank; the video model runs those of one prompt as one batch "
+        "[paper: 2]",
+        bounds=(1, 10**6),
     )
     max_grad_norm: float = option(
         OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]", bounds=(1e-6, 1e9)
@@ -178,14 +182,24 @@ class Batch:
 
 
 # ---------------------------------------------------------------------------------------------- collect, evaluate
-def sample(policy, prompts, latent_shape, sde, generators, callback=None):
-    """(conditions, Trajectory) of one sample for each prompt. Stops at NaN, which would be decoded to black and be
-    scored.
+def samples_per_condition(config):
+    """How many samples next to each other velocity may take for samples of one prompt, in rollout and update.
+
+    On each rank they are counted from its first sample. Every micro-batch, every group and the first place of every
+    rank are multiples of this number, so no rank's run of so many samples ever crosses from one group into the next.
+    It depends on the settings alone: all ranks make the same number of forward passes, as FSDP needs.
+    """
+    return math.gcd(config.micro_batch, config.group_size)
+
+
+def sample(policy, prompts, latent_shape, sde, generators, copies=1, callback=None):
+    """(conditions, Trajectory) of one sample for each prompt, where runs of `copies` prompts are the same. Stops at
+    NaN, which would be decoded to black and be scored.
     """
     conditions = policy.encode(prompts)
     device = next(policy.module.parameters()).device
     noise = randn((len(prompts), *latent_shape), generators).to(device)
-    trajectory = rollout(partial(policy.velocity, cond=conditions), noise, sde, generators, callback)
+    trajectory = rollout(partial(policy.velocity, cond=conditions[::copies]), noise, sde, generators, callback)
     if not trajectory.states[:, -1].isfinite().all():
         raise FloatingPointError(
             "samples must be finite: got NaN or infinity, the policy has diverged. Lower the learning rate, and look "
@@ -252,7 +266,14 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
     """
     started, passes = time.perf_counter(), policy.passes
-    conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, callback)
+    copies = samples_per_condition(config)
+    for first in range(0, len(prompts), copies):
+        if len(set(prompts[first : first + copies])) > 1:
+            raise ValueError(
+                f"the {config.group_size} samples of a prompt must stand next to each other: got {prompts}; repeat "
+                "each prompt group_size times"
+            )
+    conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, copies, callback)
     videos = policy.decode(trajectory.states[:, -1])
     own_scores, causes = score(reward, videos, prompts, ranks, trajectory.states.device)
     scores = {name: ranks.gather(values) for name, values in own_scores.items()}  # [ranks·B]
@@ -407,13 +428,14 @@ def reference_means(policy, batch, config, anchor):
     trajectory = batch.trajectory
     if anchor.refreshed_at == batch.collected_at:
         return trajectory.means
+    copies = samples_per_condition(config)
     means = torch.full_like(trajectory.means, torch.nan)
     with torch.no_grad(), anchor.swapped_in():
         for k in batch.sde.stochastic.nonzero().flatten().tolist():
             for rows in torch.arange(len(means)).split(config.micro_batch):
                 x = trajectory.states[rows, k]
                 sigma = batch.sde.sigmas[k].to(x).expand(len(rows))
-                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows])
+                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows[::copies]])
                 means[rows, k], _ = batch.sde.transition(x, v, k)
     return means
 
@@ -425,7 +447,7 @@ def micro_batch_loss(policy, batch, config, means_ref, rows, steps, scales, lamb
     x, x_next = batch.trajectory.states[rows, steps], batch.trajectory.states[rows, steps + 1]  # [b, …]
     mean_old = batch.trajectory.means[rows, steps]
     log_prob_old = batch.trajectory.log_probs[rows, steps]  # [b]
-    conditions = [batch.conditions[i] for i in rows]
+    conditions = [batch.conditions[i] for i in rows[:: samples_per_condition(config)]]
     advantages, valid = batch.advantages[rows], batch.valid[rows].to(x.dtype)
     sigma = batch.sde.sigmas[steps].to(x)
 

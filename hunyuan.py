@@ -81,18 +81,22 @@ class HunyuanPolicy:
     """The transformer as a policy.
 
     module          the transformer
+    micro_batch     the most samples that run as one batch, in rollout and update
     passes          its forward passes so far, counted per sample
     prompts         the PromptEncoder
     unconditional   the Prompt of the empty text; `encode` sets it
     """
 
-    def __init__(self, transformer, vae, prompts, latent_shape, guidance_scale=6.0, compute_dtype=torch.float32):
+    def __init__(
+        self, transformer, vae, prompts, latent_shape, guidance_scale=6.0, compute_dtype=torch.float32, micro_batch=1
+    ):
         self.module = transformer
         self.vae = vae
         self.prompts = prompts
         self.latent_shape = latent_shape
         self.guidance_scale = guidance_scale
         self.compute_dtype = compute_dtype
+        self.micro_batch = micro_batch
         self.passes = 0
         self.unconditional = None
         vae.enable_slicing()  # in diffusers 0.42 the decoder fails on a batch of more than one sample
@@ -106,41 +110,48 @@ class HunyuanPolicy:
     def velocity(self, x, sigma, cond):
         """Guided velocity, noise − data:  v = v_uncond + scale·(v_cond − v_uncond).  x [B, C, F, H, W], sigma [B].
 
+        cond: P Prompts, each of B / P samples that stand next to each other.
+
         The video may have any size. Evaluations use a larger one than rollouts, whose size is latent_shape.
 
         Rollout and training use the same guidance: the policy is the guided model, so the ratio is 1 before the first
         update. Both passes carry gradients.
-
-        The samples run one by one, for three reasons. Their prompts differ in length, and a batch of one needs neither
-        padding nor a mask. One video has 30,000 tokens, enough to fill a GPU, so no gain is expected from a batch.
-        Under FSDP every rank must make the same number of passes, whichever prompts it holds.
         """
         if x.ndim != 5 or x.shape[1] != CHANNELS or x.dtype != torch.float32:
             raise ValueError(f"x must be float32 [B, {CHANNELS}, F, H, W]: got {x.dtype} of shape {tuple(x.shape)}")
-        if sigma.shape != x.shape[:1] or len(cond) != len(x):
+        if sigma.shape != x.shape[:1] or not cond or len(x) % len(cond):
             got = f"{len(x)} samples, sigma of shape {list(sigma.shape)}, {len(cond)} conditions"
-            raise ValueError(f"velocity needs one sigma and one condition per sample: got {got}")
-        velocities = []
-        for i, prompt in enumerate(cond):
-            velocities.append(self._guided(x[i : i + 1], sigma[i : i + 1], prompt))
-        return torch.cat(velocities)
-
-    def _guided(self, x, sigma, prompt):
-        conditional = self._denoise(x, sigma, prompt)
+            raise ValueError(f"velocity needs one sigma per sample, and samples for every condition: got {got}")
+        conditional = self._denoise(x, sigma, cond)
         if self.guidance_scale == 1:  # the unconditional pass would have weight 0
             return conditional
-        unconditional = self._denoise(x, sigma, self.unconditional)
+        unconditional = self._denoise(x, sigma, [self.unconditional])
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def _denoise(self, x, sigma, prompt):
-        """One pass of the transformer for one sample: x [1, C, F, H, W], sigma [1]."""
-        self.passes += 1
+    def _denoise(self, x, sigma, cond):
+        """The velocity of each sample under its Prompt of `cond`, in batches of at most micro_batch samples.
+
+        A batch holds samples of one Prompt. Prompts differ in length, so a mixed batch would need padding and a mask.
+        Under FSDP every rank must make the same number of passes, or all of them hang. So how many samples share a
+        Prompt is stated by the caller, who knows it from the settings; it is not read off the prompts, which differ
+        from rank to rank.
+        """
+        copies = len(x) // len(cond)
+        velocities = []
+        for prompt, states, sigmas in zip(cond, x.split(copies), sigma.split(copies), strict=True):
+            for part, levels in zip(states.split(self.micro_batch), sigmas.split(self.micro_batch), strict=True):
+                velocities.append(self._pass(part, levels, prompt))
+        return torch.cat(velocities)
+
+    def _pass(self, x, sigma, prompt):
+        """One pass of the transformer for samples of one Prompt: x [b, C, F, H, W], sigma [b]."""
+        self.passes += len(x)
         # The model reads 65 channels: the latent, then a first frame and its mask, which only image-to-video fills.
         first_frame = torch.zeros_like(x)
         mask = torch.zeros_like(x[:, :1])
         inputs = torch.cat([x, first_frame, mask], 1)
-        text = prompt.text.to(x.device, self.compute_dtype).unsqueeze(0)  # [1, L, ·]
-        glyphs = prompt.glyphs.to(x.device, self.compute_dtype).unsqueeze(0)  # [1, G, ·]
+        text = prompt.text.to(x.device, self.compute_dtype).expand(len(x), -1, -1)  # [b, L, ·]
+        glyphs = prompt.glyphs.to(x.device, self.compute_dtype).expand(len(x), -1, -1)  # [b, G, ·]
         # With autocast, latent and timestep stay float32, and the velocity has an error of 0.0066. The stock pipeline
         # in bf16 also rounds the timestep (978.26 becomes 980), and its error is 0.0206. Without autocast, bf16 weights
         # do not accept a float32 timestep.
@@ -155,7 +166,7 @@ class HunyuanPolicy:
                 # The stock pipeline passes 729 image tokens of zeros, and the model masks image tokens that are all
                 # zero. An empty tensor also counts as all zero, and needs no mask. (The config's task_type cannot tell
                 # that there is no image: it says "i2v" even in the text-to-video release.)
-                image_embeds=text.new_zeros(1, 0, self.module.config.image_embed_dim),
+                image_embeds=text.new_zeros(len(x), 0, self.module.config.image_embed_dim),
                 return_dict=False,
             )
         return v.float()
@@ -479,6 +490,7 @@ def load(
     guidance_scale=6.0,
     mesh=None,
     seed=0,
+    micro_batch=1,
 ):
     """A HunyuanPolicy from a hub id or a local folder in the layout of HunyuanVideo15Pipeline.
 
@@ -486,6 +498,7 @@ def load(
     lora_rank   0 trains all weights, as float32 masters; above 0, a float32 LoRA over a frozen base in compute_dtype
     mesh        the device mesh to shard over, or None
     seed        of the LoRA's first weights, the same on every rank
+    micro_batch the most samples in one forward pass
     """
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16: got {compute_dtype}")
@@ -500,7 +513,7 @@ def load(
     vae = load_network(model, "vae", torch.float32)
     vae.to(device).requires_grad_(False)
     prompts = PromptEncoder(model, prompt_cache, device, compute_dtype)
-    return HunyuanPolicy(transformer, vae, prompts, shape, guidance_scale, compute_dtype)
+    return HunyuanPolicy(transformer, vae, prompts, shape, guidance_scale, compute_dtype, micro_batch)
 
 
 def load_network(model, name, dtype):

@@ -118,6 +118,7 @@ def load_hunyuan(config, run, device, mesh):
         guidance_scale=config.guidance_scale,
         mesh=mesh,
         seed=config.seed,
+        micro_batch=config.micro_batch,
     )
 
 

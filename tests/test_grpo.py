@@ -48,7 +48,7 @@ class LinearPolicy:
 
     def velocity(self, x, sigma, cond):
         self.passes += 1
-        return self.module(x) + sigma[:, None] * torch.stack(cond)
+        return self.module(x) + sigma[:, None] * torch.stack(cond).repeat_interleave(len(x) // len(cond), 0)
 
     def decode(self, x):
         return x
@@ -439,7 +439,7 @@ def test_a_group_may_span_ranks():
         def gather(self, tensor):
             return next(self.answers)
 
-    config = replace(CONFIG, group_size=8)
+    config = replace(CONFIG, group_size=8, micro_batch=4)
     scores = reward(whole.trajectory.states[:, -1], prompts)
     _, one = rolled_out(config)
     for rank in (0, 1):
@@ -461,6 +461,67 @@ def test_a_group_may_span_ranks():
 def test_settings_that_cannot_work(changes, rule):
     with pytest.raises(ValueError, match=rule):
         replace(CONFIG, **changes).check_algorithm()
+
+
+class RankOfMany(OneRank):
+    """One rank of several, whose others have the same rewards."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+
+    def gather(self, tensor):
+        return tensor.repeat(self.world)
+
+
+def calls_of_rank(ranks, config):
+    """(samples, conditions) of every call of velocity in an iteration of one rank, and the prompts of its samples."""
+    calls = []
+
+    class Recorded(LinearPolicy):
+        def velocity(self, x, sigma, cond):
+            calls.append((len(x), len(cond)))
+            return super().velocity(x, sigma, cond)
+
+    places = range(ranks.rank * config.batch_size, (ranks.rank + 1) * config.batch_size)
+    prompts = ["x" * (1 + place // config.group_size) for place in places]
+    noise = [torch.Generator().manual_seed(place) for place in places]
+    policy, sde = Recorded(), SDE("sage_grpo", 0.5, sigma_schedule(T))
+    batch = collect(policy, reward, prompts, sde, noise, config, 0, ranks)
+    anchor, optimizer = shifted_anchor(policy, batch), torch.optim.SGD(policy.module.parameters(), lr=0.0)
+    metrics, _ = update(policy, batch, config, [optimizer], anchor, noise, 0, 7, ranks)
+    made = list(calls)
+    # Every pass had the right conditions: the update's are the rollout's, and the reference's are those of one by one.
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)
+    one_by_one = reference_means(policy, batch, replace(config, micro_batch=1), anchor)
+    torch.testing.assert_close(reference_means(policy, batch, config, anchor), one_by_one)
+    x, sigma = batch.trajectory.states[:, 0], torch.ones(len(prompts))
+    mean, _ = sde.transition(x, policy.velocity(x, sigma, policy.encode(prompts)), 0)
+    torch.testing.assert_close(batch.trajectory.means[:, 0], mean)
+    return made, prompts
+
+
+@pytest.mark.parametrize(
+    "world, batch_size, group_size, micro_batch, together", [(2, 6, 4, 3, 1), (2, 6, 4, 2, 2), (3, 8, 6, 4, 2)]
+)
+def test_every_rank_makes_the_same_passes(world, batch_size, group_size, micro_batch, together):
+    """Although groups span the ranks, and a micro-batch holds two prompts on one rank and one on another."""
+    sizes = dict(batch_size=batch_size, group_size=group_size, micro_batch=micro_batch)
+    config = replace(CONFIG, kl_mode="moving", max_failed_rewards=0.0, **sizes)
+    calls, held = [], []
+    for rank in range(world):
+        made, prompts = calls_of_rank(RankOfMany(rank, world), config)
+        calls.append(made)
+        held.append([len(set(prompts[i : i + micro_batch])) for i in range(0, batch_size, micro_batch)])
+    rollout_calls = [(batch_size, batch_size // together)] * T
+    update_calls = [(micro_batch, micro_batch // together)] * (2 * T * batch_size // micro_batch)
+    assert all(made == rollout_calls + update_calls for made in calls)
+    assert (held[0] != held[1]) == (group_size % micro_batch > 0)
+
+
+def test_samples_of_a_prompt_must_stand_together():
+    sde = SDE("sage_grpo", 0.5, sigma_schedule(T))
+    with pytest.raises(ValueError, match="the 4 samples of a prompt must stand next to each other"):
+        collect(LinearPolicy(), reward, ["a", "b"] * 4, sde, generators(0), CONFIG)
 
 
 def test_divisibility_of_the_batch():

@@ -158,6 +158,35 @@ def test_a_batch_of_different_prompts_equals_one_by_one(make):
     assert (together - swapped).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("micro_batch, batches", [(2, [2, 2, 2, 2]), (4, [2, 2, 4])])
+def test_samples_of_one_prompt_run_as_one_batch(make, lora_rank, micro_batch, batches):
+    """Four samples of two prompts at four noise levels, and their unconditional branch: velocity and gradients."""
+    policy, cond, _ = make(lora_rank=lora_rank)
+    randomise(trainable(policy).values())
+    x, sigma, sizes = noise(4, *SHAPE), torch.tensor([0.97826, 0.4, 0.7, 0.1]), []
+    policy.module.x_embedder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+
+    def velocity_and_gradients(cond):
+        policy.module.zero_grad()
+        v = policy.velocity(x, sigma, cond)
+        (v * noise(*x.shape, seed=2)).sum().backward()
+        return v.detach(), {name: parameter.grad for name, parameter in trainable(policy).items()}
+
+    alone, gradients_alone = velocity_and_gradients([cond[0], cond[0], cond[1], cond[1]])
+    assert sizes == [1] * 8
+    sizes.clear()
+    policy.micro_batch = micro_batch
+    together, gradients_together = velocity_and_gradients(cond)
+    assert sizes == batches and policy.passes == 8 + 8  # counted per sample
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5 * alone.abs().max())
+    largest = max(gradient.norm() for gradient in gradients_alone.values())
+    for name, gradient in gradients_alone.items():  # one of them is 0 up to rounding: that of a bias of the keys
+        assert (gradients_together[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-7 * largest, name
+    swapped, _ = velocity_and_gradients(cond[::-1])
+    assert (swapped - alone).abs().max() > 1e-3 * alone.abs().max()
+
+
 def test_no_attention_mask_over_the_video(make, pipeline, monkeypatch):
     policy, cond, x = make()
     shapes, attention = [], torch.nn.functional.scaled_dot_product_attention
@@ -374,7 +403,8 @@ def test_bad_arguments_say_what_to_do(folder, cache, tmp_path, make):
         load(folder, SHAPE, cache, lora_rank=-1)
     policy, cond, x = make()
     wrong = [((x.bfloat16(), SIGMA, cond), "x must be float32"), ((x[:, :3], SIGMA, cond), "x must be float32")]
-    wrong += [((x, *rest), "one sigma and one") for rest in ((SIGMA, cond[:1]), (SIGMA[:1], cond), (SIGMA[0], cond))]
+    for rest in ((SIGMA, [*cond, *cond]), (SIGMA, []), (SIGMA[:1], cond), (SIGMA[0], cond)):
+        wrong.append(((x, *rest), "one sigma per sample"))
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
             policy.velocity(*arguments)

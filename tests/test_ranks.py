@@ -24,14 +24,21 @@ COMPARED = ("policy_loss", "kl_velocity", "kl_position", "ratio_mean", "ratio_mi
 LORA = ["--lora_rank", "4", "--learning_rate", "3e-2"]
 OFFLOADED = ["--anchor_offload", "--max_failed_rewards", "0.3", "--stepwise_kl", "rollout_phase"]
 MUON = ["--optimizer", "muon", "--weight_decay", "0.01"]
+# Three prompts of two samples, three samples to a rank, in micro-batches of three: aab and bcc. The passes must not
+# depend on which prompts a micro-batch holds, else the ranks wait for each other for ever.
+SPANNING, SPANNING_SAMPLES = ["--group_size", "2", "--micro_batch", "3"], 6
 BF16 = ["--compute_dtype", "bfloat16", "--iterations", "2"]
 
 
 def options(folder, name, world, *extra):
-    """A run of one group of 4 samples per iteration, which spans both ranks, in micro-batches of one sample."""
+    """A run of one group of 4 samples per iteration, which spans both ranks.
+
+    One rank takes its samples one by one, of two ranks each takes its two as one batch.
+    """
+    samples = SPANNING_SAMPLES if name.startswith("spanning") else 4
     return [
         *("--preset", "tiny", "--runs", str(folder), "--name", name),
-        *("--batch_size", str(4 // world), "--micro_batch", "1", "--num_steps", "2", "--optimizer_steps", "2"),
+        *("--batch_size", str(samples // world), "--micro_batch", str(world), "--num_steps", "2", "--optimizer_steps", "2"),
         *("--learning_rate", "3e-3", "--stepwise_kl", "closed_form", "--anchor_every", "4", "--kl_lambda", "1"),
         *("--kl_schedule", "fixed", "--iterations", "3", "--checkpoint_every", "3"),
         *("--eval_every", "100", "--eval_steps", "1"),
@@ -39,9 +46,9 @@ def options(folder, name, world, *extra):
     ]
 
 
-KINDS = {"full": [], "lora": LORA, "failed-offloaded": OFFLOADED, "muon": MUON}
+KINDS = {"full": [], "lora": LORA, "failed-offloaded": OFFLOADED, "muon": MUON, "spanning": SPANNING}
 # Rounding alone reaches 3e-5 (measured); Muon's Newton–Schulz iteration runs in bf16 and amplifies it to 1e-3.
-TOLERANCE = {"full": 1e-3, "lora": 1e-3, "failed-offloaded": 1e-3, "muon": 2e-2}
+TOLERANCE = {"full": 1e-3, "lora": 1e-3, "failed-offloaded": 1e-3, "muon": 2e-2, "spanning": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +117,7 @@ def deviation(a, b, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_equal_one(runs, kind):
     one, two = lines_of(runs / f"{kind}-1"), lines_of(runs / f"{kind}-2")
+    samples = SPANNING_SAMPLES if kind == "spanning" else 4
     assert len(one) == len(two) == 4
     for name in COMPARED:
         assert deviation(one, two, name) < TOLERANCE[kind], name
@@ -117,10 +125,10 @@ def test_two_ranks_equal_one(runs, kind):
     for a, b in zip(one[1:], two[1:], strict=True):
         assert b["reward_mean"] == pytest.approx(a["reward_mean"], rel=1e-6)
         assert b["reward_failed"] == a["reward_failed"] == (0.25 if "failed" in kind else 0)
-        assert a["rollout_passes"] == 4 * 2 * 2 and b["rollout_passes"] == 2 * 2 * 2  # samples × steps × guidance
+        assert a["rollout_passes"] == samples * 2 * 2 == 2 * b["rollout_passes"]  # samples × steps × guidance
     # In the second iteration the anchor is neither the policy nor the rollout's policy; before the third it is
     # refreshed.
-    assert [line["update_passes"] for line in two[1:]] == [8, 16, 8]
+    assert [line["update_passes"] for line in two[1:]] == [samples * 2, samples * 4, samples * 2]
     assert two[2]["kl_position"] != pytest.approx(two[2]["kl_velocity"], rel=1e-3)
 
 

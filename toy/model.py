@@ -106,7 +106,8 @@ class ToyPolicy:
 
     def velocity(self, x, sigma, cond):
         self.passes += 1
-        return self.module(x, sigma, torch.stack(cond))
+        words = torch.stack(cond).repeat_interleave(len(x) // len(cond), 0)
+        return self.module(x, sigma, words)
 
     def decode(self, latents):
         return world.to_uint8(latents)
