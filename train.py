@@ -2,6 +2,7 @@
 
     python train.py                        the toy, on a laptop, in about a minute
     python train.py --preset tiny          the real classes with tiny random weights: proves the path of the full run
+    python train.py --preset mini          the real classes with small trained weights: that path learns, and says so
     python train.py --preset paper ...     HunyuanVideo-1.5 with VideoAlign, on all GPUs of this machine
     python train.py --preset release ...   the same with the settings of the released script
     torchrun ... train.py --preset paper   over several machines
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import pictures
 from checkpoint import Interrupt, generator
-from config import TINY, TOY, arithmetic, parse, planned_ranks, print_memory
+from config import BUILT_IN, MINI, TINY, TOY, arithmetic, departures, parse, planned_ranks, print_memory
 from grpo import AllRanks, OneRank, collect, evaluate, update
 from prompts import read_prompts
 from sde import SDE, sigma_schedule
@@ -107,7 +108,7 @@ def own_prompts(prompts, config, iteration, ranks):
 def load_hunyuan(config, run, device, mesh):
     import hunyuan
 
-    model = run / "tiny" / "model" if config.model == TINY else config.model
+    model = run / config.model / "model" if config.model in BUILT_IN else config.model
     return hunyuan.load(
         str(model),
         hunyuan.latent_shape(config.frames, config.height, config.width),
@@ -126,37 +127,52 @@ def build(config, run, ranks, device, mesh):
     """(policy, training reward, evaluation reward, training prompts, evaluation prompts)."""
     if config.model == TOY:
         return ToyPolicy(), world.rewards, world.rewards, world.PROMPTS, world.PROMPTS
-    from videoalign import CLIPScore, PickScore, VideoAlign
-
     prompts, eval_prompts = read_prompts(config.prompts), read_prompts(config.eval_prompts)
-    videoalign, repo = config.videoalign, config.videoalign_repo
     if config.model == TINY:
         prompts, eval_prompts = prompts[:4], eval_prompts[:4]
-        videoalign, repo = build_tiny(run / "tiny", ranks, device)
+    if config.model in BUILT_IN:
+        write_small_models(config.model, run / config.model, ranks, device)
+    reward, eval_reward = build_reward(config, run, device)
+    policy = load_hunyuan(config, run, device, mesh)
+    policy.encode(prompts + eval_prompts)  # now, so that the text encoders come and go once
+    return policy, reward, eval_reward, prompts, eval_prompts
+
+
+def write_small_models(model, folder, ranks, device):
+    """Write the models that a preset brings along into the run folder, by the first rank."""
+    from tiny.hunyuan import build_tiny_hunyuan
+    from tiny.miniature import build_miniature
+    from tiny.videoalign import build_tiny_template, build_tiny_videoalign
+
+    if ranks.rank == 0 and not (folder / "complete").exists():
+        if model == MINI:
+            build_miniature(folder / "model")
+        else:
+            build_tiny_hunyuan(folder / "model")
+            build_tiny_videoalign(folder / "videoalign")
+            build_tiny_template(folder / "videoalign_repo")
+        (folder / "complete").touch()
+    ranks.gather(torch.zeros(1, device=device)).sum().item()  # nobody reads before it is written
+
+
+def build_reward(config, run, device):
+    """(training reward, evaluation reward) of a video model."""
+    if config.model == MINI:
+        from tiny import miniature
+
+        return miniature.reward, miniature.reward
+    from videoalign import CLIPScore, PickScore, VideoAlign
+
+    videoalign, repo = config.videoalign, config.videoalign_repo
+    if config.model == TINY:
+        videoalign, repo = run / TINY / "videoalign", run / TINY / "videoalign_repo"
     reward = VideoAlign(videoalign, repo, device, fps=config.fps)
     extra = []
     if config.clip_score:
         extra.append(CLIPScore(config.clip_score, device))
     if config.pick_score:
         extra.append(PickScore(config.pick_score, device))
-    policy = load_hunyuan(config, run, device, mesh)
-    policy.encode(prompts + eval_prompts)  # now, so that the text encoders come and go once
-    return policy, reward, partial(evaluation_reward, reward, extra), prompts, eval_prompts
-
-
-def build_tiny(folder, ranks, device):
-    """Write the tiny model and reward model into the run folder, by the first rank. Returns the reward model's
-    folders.
-    """
-    from tiny.hunyuan import build_tiny_hunyuan
-    from tiny.videoalign import build_tiny_template, build_tiny_videoalign
-
-    if ranks.rank == 0 and not (folder / "videoalign_repo").exists():
-        build_tiny_hunyuan(folder / "model")
-        build_tiny_videoalign(folder / "videoalign")
-        build_tiny_template(folder / "videoalign_repo")
-    ranks.gather(torch.zeros(1, device=device)).sum().item()  # nobody reads before it is written
-    return folder / "videoalign", folder / "videoalign_repo"
+    return reward, partial(evaluation_reward, reward, extra)
 
 
 def evaluation_reward(reward, extra, videos, prompts):
@@ -265,7 +281,7 @@ def main(arguments=None):
     if options.export:
         export(config, options, ranks, device, mesh)
         return
-    preset = config.model if config.model in (TOY, TINY) else options.preset or "paper"
+    preset = config.model if config.model in BUILT_IN else options.preset or "paper"
     run = checkpoint.open_run(options.resume, config.runs, config.name, preset, asdict(config))
     train(config, run, bool(options.resume), ranks, device, mesh)
 
@@ -274,7 +290,7 @@ def print_plan(config, options):
     ranks = planned_ranks(config, options)
     print(json.dumps(asdict(config), indent=1, ensure_ascii=False))
     print(arithmetic(config, ranks))
-    if config.model not in (TOY, TINY):
+    if config.model not in BUILT_IN:
         print_memory(config, ranks, options.gpu_memory_gb)
 
 
@@ -335,6 +351,10 @@ def train(config, run, resumed, ranks, device, mesh):
         return
     if iteration == config.iterations:
         pictures.report(run, log, config, eval_prompts)
+        if config.model == MINI:
+            from tiny import miniature
+
+            print(miniature.verdict(log, departures(config, ranks.world)))
     else:
         pictures.curves(log, config.clip_range, run / "curves.png")
         print(f"stopped after iteration {iteration}; go on with: python train.py --resume {run}")

