@@ -338,8 +338,11 @@ def full_grid(runs):
     run_all(runs / "full", rows, SEEDS, whole)
     results = collect_results(runs / "full", rows, SEEDS, claims.CLAIMS)
     results["tuning"] = tried
-    if Path("results.json").exists():  # what was measured with versions that still had those options
-        results["removed"] = read_results()["removed"]
+    if Path("results.json").exists():
+        shipped = read_results()
+        results["removed"] = shipped["removed"]  # measured with versions that still had those options
+        if "rehearsal" in shipped:  # paper/rehearsal.py
+            results["rehearsal"] = shipped["rehearsal"]
     write_results(Path("results.json"), results)
     claims.write_tables(results, Path("RESULTS.md"))
     plots.ablation_pictures(partial(log_of, runs / "full", SEEDS), results, Path("figures"))

@@ -104,7 +104,7 @@ def train(policy, code, steps, seed, learning_rate=2e-3):
 
 def main():
     parser = argparse.ArgumentParser(description="Make the miniature's weights.")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of 64 clips")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of 64 clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=miniature.WEIGHTS)
     arguments = parser.parse_args()
