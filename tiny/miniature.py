@@ -4,7 +4,7 @@ Every class, file and call is the released model's, as in tiny/hunyuan.py. But i
 world: moving blobs, drawn four times as large, which its VAE decodes from a linear code (tiny/codec.py). So the toy's
 analytic rewards can score its videos.
 
-What is trained stands in tiny/weights/miniature.safetensors and is made anew by `python -m tiny.pretrain`. What is
+What is trained stands in tiny/miniature.safetensors and is made anew by `python -m tiny.pretrain`. What is
 random (the text encoders, the parts that text-to-video never uses) is drawn from a seed instead.
 """
 
@@ -20,7 +20,7 @@ from tiny import codec
 from tiny.hunyuan import GLYPH_DIM, TEXT_DIM, tiny_pipeline, tiny_text_encoder, tiny_tokenizer
 from toy import world
 
-WEIGHTS = Path(__file__).with_name("weights") / "miniature.safetensors"
+WEIGHTS = Path(__file__).with_name("miniature.safetensors")
 PROMPTS = world.PROMPTS
 # The rewards of ODE samples before and after `train.py --preset mini`: mean ± 3 standard deviations over the seeds.
 REFERENCE = {"seeds": 5, "before": (0.0, 1.0), "after": (0.0, 1.0)}

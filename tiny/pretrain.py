@@ -1,6 +1,6 @@
 """Make the miniature's weights: fit its code, then train its transformer by flow matching on imperfect clips.
 
-    python -m tiny.pretrain        about 10 minutes on two cores; writes tiny/weights/miniature.safetensors
+    python -m tiny.pretrain        about 10 minutes on two cores; writes tiny/miniature.safetensors
 
 Seven prompts in eight are kept, the eighth is the empty one, so that classifier-free guidance has its second branch.
 """
@@ -114,7 +114,6 @@ def main():
         trained = train(policy, code, arguments.steps, arguments.seed)
     named = {f"code.{name}": value for name, value in code.items()}
     named |= {f"transformer.{name}": value for name, value in trained.items()}
-    arguments.out.parent.mkdir(exist_ok=True)
     save_file({name: value.contiguous() for name, value in named.items()}, arguments.out)
 
 
