@@ -1,4 +1,4 @@
-"""The miniature: HunyuanVideo-1.5 with 1.4 million parameters, trained, so that the full run's path can be seen to learn.
+"""The miniature: HunyuanVideo-1.5 with 0.5 million parameters, trained, so that the full run's path can be seen to learn.
 
 Every class, file and call is the released model's, as in tiny/hunyuan.py. But its transformer has learnt the toy's
 world: moving blobs, drawn four times as large, which its VAE decodes from a linear code (tiny/codec.py). So the toy's
@@ -59,14 +59,14 @@ def transformer():
         in_channels=65,
         out_channels=codec.CHANNELS,
         num_attention_heads=4,
-        attention_head_dim=24,
-        num_layers=4,
+        attention_head_dim=16,
+        num_layers=3,
         num_refiner_layers=1,
         mlp_ratio=3.0,
         text_embed_dim=TEXT_DIM,
         text_embed_2_dim=GLYPH_DIM,
         image_embed_dim=16,
-        rope_axes_dim=(8, 8, 8),
+        rope_axes_dim=(4, 6, 6),
         target_size=codec.SIDE,
     )
 

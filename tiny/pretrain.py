@@ -41,6 +41,9 @@ def first_policy(folder, code, seed):
     shape = hunyuan.latent_shape(codec.FRAMES, codec.SIDE, codec.SIDE)
     policy = hunyuan.load(str(folder), shape, Path(folder) / "prompts")
     policy.module.disable_gradient_checkpointing()
+    for name, parameter in policy.module.named_parameters():
+        if name.startswith(miniature.UNUSED):
+            parameter.requires_grad_(False)  # nearly all of its parameters, which would only cost time here
     return policy
 
 
