@@ -435,18 +435,20 @@ def preset_config(preset, given, options):
     if foreign:
         raise ValueError(f"the {preset} preset does not read {', '.join(foreign)}; use --preset paper, or leave it out")
     config = Config(**PRESETS[preset] | given)
-    if preset == MINI and "batch_size" not in given:
-        share_batch(config, planned_ranks(config, options))
+    if preset == MINI:
+        share_batch(config, given, planned_ranks(config, options))
     return config
 
 
-def share_batch(config, ranks):
-    """The miniature's samples, shared by the ranks, so that its result does not depend on how many there are."""
-    if config.batch_size % ranks:
-        rule = f"the ranks must share the {config.batch_size} samples of the mini preset evenly"
-        raise ValueError(f"{rule}: got {ranks}; use as many as divide it, or --batch_size")
-    config.batch_size //= ranks
-    config.micro_batch = math.gcd(config.micro_batch, config.batch_size)
+def share_batch(config, given, ranks):
+    """The miniature's samples are shared by the ranks, so that its result does not depend on how many there are."""
+    if "batch_size" not in given:
+        if config.batch_size % ranks:
+            rule = f"the ranks must share the {config.batch_size} samples of the mini preset evenly"
+            raise ValueError(f"{rule}: got {ranks}; use as many as divide it, or --batch_size")
+        config.batch_size //= ranks
+    if "micro_batch" not in given:
+        config.micro_batch = math.gcd(config.micro_batch, config.batch_size)
 
 
 def departures(config, ranks):

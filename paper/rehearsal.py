@@ -32,7 +32,7 @@ TWO_RANKS = 2
 
 
 def arms():
-    """{arm: its options}. Names that begin with "2 ranks" run under torchrun; what else is special stands in commands."""
+    """{arm: its options}. Those whose names begin with "2 ranks" run under torchrun; see `commands`."""
     samplers = ("flow_grpo", "dance_grpo", "cps", "exact")
     return {
         "short run": [],
@@ -143,7 +143,8 @@ def run_all(folder, chosen, seeds, workers):
 # ---------------------------------------------------------------------------------------------- the table
 def markdown(table):
     """Mean and standard deviation over the seeds of each arm, as a table."""
-    lines = ["| arm | before | after | gain | VQ | MQ | TA | distance | seeds |", "|---|---|---|---|---|---|---|---|---|"]
+    names = ("arm", "before", "after", "gain", "VQ", "MQ", "TA", "distance", "seeds")
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for arm, entry in table.items():
         runs = list(entry["seeds"].values())
         if not runs:

@@ -40,8 +40,7 @@ def policy(folder):
 
 @pytest.fixture(scope="module")
 def code():
-    stored = load_file(miniature.WEIGHTS)
-    return {name.removeprefix("code."): value for name, value in stored.items() if name.startswith("code.")}
+    return miniature.part(load_file(miniature.WEIGHTS), "code.")
 
 
 def clean(scale, count=16):

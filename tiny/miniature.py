@@ -1,4 +1,4 @@
-"""The miniature: HunyuanVideo-1.5 with 0.5 million parameters, trained, so that the full run's path can be seen to learn.
+"""The miniature: HunyuanVideo-1.5 with half a million trained parameters, on which the full run's path learns.
 
 Every class, file and call is the released model's, as in tiny/hunyuan.py. But its transformer has learnt the toy's
 world: moving blobs, drawn four times as large, which its VAE decodes from a linear code (tiny/codec.py). So the toy's
@@ -24,7 +24,7 @@ WEIGHTS = Path(__file__).with_name("miniature.safetensors")
 PROMPTS = world.PROMPTS
 # The rewards of ODE samples before and after `train.py --preset mini`: mean ± 3 standard deviations over the seeds.
 REFERENCE = {"seeds": 5, "before": (0.0, 1.0), "after": (0.0, 1.0)}
-UNUSED = ("context_embedder_2.", "image_embedder.")  # no prompt has quotes or an image: these stay as the seed drew them
+UNUSED = ("context_embedder_2.", "image_embedder.")  # no prompt has quotes or an image: they stay as they were drawn
 
 
 def build_miniature(folder, weights=WEIGHTS, seed=0):
@@ -34,10 +34,13 @@ def build_miniature(folder, weights=WEIGHTS, seed=0):
             f"the miniature's weights must exist: no {weights}; make them with python -m tiny.pretrain"
         )
     stored = load_file(weights)
-    trained = {name.removeprefix("transformer."): value for name, value in stored.items() if "transformer." in name}
-    code = {name.removeprefix("code."): value for name, value in stored.items() if "code." in name}
-    write_pipeline(folder, trained, code, seed)
+    write_pipeline(folder, part(stored, "transformer."), part(stored, "code."), seed)
     return Path(folder)
+
+
+def part(stored, prefix):
+    """The tensors whose names begin with a prefix, under their names without it."""
+    return {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
 
 
 def write_pipeline(folder, trained, code, seed):
@@ -48,8 +51,8 @@ def write_pipeline(folder, trained, code, seed):
     left = pipeline.transformer.load_state_dict(trained, strict=False)
     missing = [name for name in left.missing_keys if not name.startswith(UNUSED)]
     if missing or left.unexpected_keys:
-        rule = "the weights must be those of the miniature's transformer"
-        raise ValueError(f"{rule}: missing {missing[:3]}, unexpected {left.unexpected_keys[:3]}; run tiny.pretrain again")
+        got = f"missing {missing[:3]}, unexpected {left.unexpected_keys[:3]}"
+        raise ValueError(f"the weights must be those of the miniature's transformer: {got}; run tiny.pretrain again")
     codec.write_decoder(pipeline.vae, code)
     pipeline.save_pretrained(folder)
 

@@ -1,6 +1,6 @@
 """Make the miniature's weights: fit its code, then train its transformer by flow matching on imperfect clips.
 
-    python -m tiny.pretrain        about 10 minutes on two cores; writes tiny/miniature.safetensors
+    python -m tiny.pretrain        4 to 5 minutes of one core; writes tiny/miniature.safetensors
 
 Seven prompts in eight are kept, the eighth is the empty one, so that classifier-free guidance has its second branch.
 """
