@@ -277,11 +277,11 @@ PRESETS = {
     ),
     "mini": dict(  # the paper's recipe on a model that a laptop can train: a rehearsal that ends in a number
         model=MINI,
-        group_size=8,
+        group_size=16,
         batch_size=64,  # of all ranks together, see preset_config
         micro_batch=32,
         reward_setting="A",
-        iterations=30,
+        iterations=48,
         num_steps=10,
         learning_rate=5e-4,
         kl_schedule="fixed",
@@ -297,7 +297,7 @@ PRESETS = {
         eval_height=48,
         eval_width=48,
         eval_steps=10,
-        eval_every=15,
+        eval_every=12,
     ),
     "paper": PAPER,
     "release": PAPER | dict(  # what the released script runs, where that differs from the paper's text

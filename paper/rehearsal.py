@@ -27,7 +27,7 @@ from paper.ablate import read_log, read_results, write_results
 
 SEEDS = range(5)
 # Enough iterations for learning to stand clear of the seeds' spread, in about a minute and a half on one core.
-SHORT = ["--iterations", "8", "--eval_every", "8", "--checkpoint_every", "4", "--learning_rate", "1e-3"]
+SHORT = ["--iterations", "8", "--eval_every", "8", "--checkpoint_every", "4"]
 TWO_RANKS = 2
 
 

@@ -13,6 +13,7 @@ import checkpoint
 import hunyuan
 import train
 from config import MINI, PRESETS, Config, departures, parse
+from paper.rehearsal import SHORT
 from prompts import BLOBS, read_prompts
 from sde import SDE, rollout, sigma_schedule
 from tiny import codec, miniature
@@ -140,7 +141,7 @@ def test_the_verdict_compares_like_with_like():
     def said(before, after, departures=()):
         return miniature.verdict([{"eval_reward": before}, {"loss": 1}, {"eval_reward": after}], departures)
 
-    assert said(start, low).endswith(f"reference {low:.2f}–{high:.2f} over 5 seeds: as expected")
+    assert said(start, low).endswith(": as expected")
     assert "NOT as expected, though it starts where it must" in said(start, low - 0.01)
     assert "NOT as expected: it must start within" in said(start - 0.01, low)
     assert said(start, 0.1, ["eta"]).endswith("no reference, since eta differ from the mini preset's")
@@ -151,10 +152,6 @@ def test_the_verdict_compares_like_with_like():
 
 
 # ---------------------------------------------------------------------------------------------- learning
-# A sixth of the preset's work. What it learns stands clear of what the seeds differ by, see RESULTS.md.
-SHORT = ["--iterations", "6", "--eval_every", "6", "--learning_rate", "1e-3", "--batch_size", "32"]
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
@@ -163,10 +160,17 @@ def run(tmp_path_factory):
 
 
 def test_the_full_runs_path_learns(run):
+    """Where it starts tells of sampling, where it ends of training.
+
+    Measured: .508 → .550. Wrong on purpose, it starts at .22 (the sign of guidance), .24 (its branches swapped), .09
+    (the timestep not × 1000) and .40 (latents scaled twice before the VAE), ends at .490 (advantages shifted by one
+    sample) and .475 (S_t inverted), or stops (the anchor never swapped back). One noise for all iterations is not seen
+    here (.545), but in tests/test_train.py.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     before, after = lines[0], lines[-1]
-    assert 0.4 < before["eval_reward"] < 0.6
-    assert after["eval_reward"] > before["eval_reward"] + 0.04
+    assert before["eval_reward"] == pytest.approx(0.508, abs=0.03)
+    assert after["eval_reward"] > before["eval_reward"] + 0.02
 
 
 def test_the_stock_pipeline_makes_the_same_video_from_the_export(run, tmp_path):

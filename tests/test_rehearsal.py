@@ -22,7 +22,7 @@ def test_every_arm_is_a_valid_run(arm, tmp_path, monkeypatch):
     config, _ = parse([*arguments, "--dry-run"])
     assert config.seed == 3 and config.batch_size * ranks == 64
     assert config.iterations == (4 if arm == "2 ranks, then 1" else 8)
-    assert {"iterations", "learning_rate"} - set(departures(config, ranks)) == set()  # never taken for the preset's
+    assert "iterations" in departures(config, ranks)  # never taken for the preset's own run
 
 
 def test_a_run_on_two_ranks_is_ended_by_one_with_all_samples(tmp_path):
