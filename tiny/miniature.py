@@ -22,8 +22,8 @@ from toy import world
 
 WEIGHTS = Path(__file__).with_name("miniature.safetensors")
 PROMPTS = world.PROMPTS
-# The rewards of ODE samples before and after `train.py --preset mini`. Provisional: one seed, ± 3 standard errors of its
-# 64 samples; five seeds will replace it.
+# The rewards of ODE samples before and after `train.py --preset mini`. Provisional: one seed, ± 3 standard errors of
+# its 64 samples; five seeds will replace it.
 REFERENCE = {"seeds": 1, "before": (0.47, 0.55), "after": (0.57, 0.68)}
 UNUSED = ("context_embedder_2.", "image_embedder.")  # no prompt has quotes or an image: they stay as they were drawn
 
