@@ -529,7 +529,7 @@ def _new_run(runs, name, default):
 
 def is_taken(run):
     """Whether a new run may not have this folder. What a start leaves that failed before its first line is free."""
-    left_by_a_start = {LOCK, "config.json", "config.json.tmp", "tiny"}
+    left_by_a_start = {LOCK, "config.json", "config.json.tmp", "tiny", "mini"}
     is_free = run.is_dir() and {path.name for path in run.iterdir()} <= left_by_a_start
     return os.path.lexists(run) and not is_free
 

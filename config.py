@@ -20,11 +20,12 @@ import torch
 
 import checkpoint
 from grpo import METHOD, OPTIMIZATION, GRPOConfig, micro_batches_per_step, option
-from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts, unprintable
+from prompts import BLOBS, STARTER_EVAL, STARTER_TRAIN, read_prompts, unprintable
 from sde import SDE, SDE_TYPES, sigma_schedule
 from trust_region import kl_weights
 
-TOY, TINY = "toy", "tiny"
+TOY, TINY, MINI = "toy", "tiny", "mini"
+BUILT_IN = (TOY, TINY, MINI)  # their presets bring the model along, and with it what it can be asked for
 RUN, VIDEO, EVALUATION = "run", "video model", "evaluation"  # more groups of --help
 PLAN_BOUNDS = {"gpus": (1, 10**5), "gpu_memory_gb": (1, 10**4)}  # of a dry run
 USAGE = (
@@ -214,6 +215,10 @@ class Config(GRPOConfig):
             from tiny.hunyuan import tiny_tokenizer
 
             tokenizers = tiny_tokenizer(), hunyuan.ByT5Tokenizer()
+        elif self.model == MINI:
+            from tiny import miniature
+
+            tokenizers = miniature.check(prompts)
         else:
             tokenizers = hunyuan.check_model(self.model)
         if tokenizers:
@@ -221,7 +226,7 @@ class Config(GRPOConfig):
 
     def check_rewards(self):
         """Apart from check(), since a dry run needs no files of the reward model."""
-        if self.model == TOY:
+        if self.model in (TOY, MINI):  # both have the toy's analytic rewards
             return
         import videoalign
 
@@ -282,6 +287,12 @@ def check_folder_to_make(setting, folder):
         raise ValueError(f"{rule}: got {folder!r}, and {existing} is no folder that this can be made in; name another")
 
 
+# The miniature knows one size, and is scored by the toy's rewards.
+MINI_UNREAD = ("frames", "height", "width", "eval_height", "eval_width", "videoalign", "videoalign_repo",
+               "clip_score", "pick_score")  # fmt: skip
+# What a run of the miniature may change and still be compared with its reference.
+BAND_COVERS = ("name", "runs", "seed", "checkpoint_every", "keep_checkpoints", "eval_every", "prompt_cache",
+               "compute_dtype", "lora_rank", "anchor_offload", "batch_size", "micro_batch")  # fmt: skip
 PAPER = dict(model="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v")  # all else: the defaults above
 PRESETS = {
     "toy": dict(  # measured on the toy, see RESULTS.md; the rest is the paper's
@@ -317,6 +328,30 @@ PRESETS = {
         eval_steps=4,
         eval_every=2,
         checkpoint_every=2,
+    ),
+    "mini": dict(  # the paper's recipe on a model that a laptop can train: a rehearsal that ends in a number
+        model=MINI,
+        group_size=16,
+        batch_size=64,  # of all ranks together, see preset_config
+        micro_batch=32,
+        reward_setting="A",
+        iterations=48,
+        num_steps=10,
+        learning_rate=5e-4,
+        kl_schedule="fixed",
+        kl_lambda=0.03,
+        guidance_scale=3.0,
+        frames=9,
+        height=48,
+        width=48,
+        fps=8,
+        prompts=BLOBS,
+        eval_prompts=BLOBS,
+        compute_dtype="float32",
+        eval_height=48,
+        eval_width=48,
+        eval_steps=10,
+        eval_every=12,
     ),
     "paper": PAPER,
     "release": PAPER | dict(  # what the released script runs, where that differs from the paper's text
@@ -400,7 +435,7 @@ def resolve(options):
     if options.resume:
         config = resumed_config(options, given, names)
     else:
-        config = preset_config(options.preset or TOY, given)
+        config = preset_config(options.preset or TOY, given, options)
     check_plan(options)
     if options.export is not None:
         check_export(config, options)
@@ -436,7 +471,7 @@ def check_export(config, options):
     if is_first and os.path.isdir(options.export) and os.listdir(options.export):
         raise ValueError(f"export must be a folder that is new or empty: {options.export} holds files; name another")
     config.check_values()
-    if config.model != TINY:
+    if config.model not in BUILT_IN:
         import hunyuan
 
         hunyuan.check_model(config.model)
@@ -506,18 +541,40 @@ def allowed_changes(config, ranks, progress, allowed):
     return changes
 
 
-def preset_config(preset, given):
+def preset_config(preset, given, options):
     """A preset with the command line's own settings over it."""
-    foreign = []
-    if preset in (TOY, TINY) and "model" in given:
-        foreign.append("model")
-    if preset == TOY:
-        foreign += sorted(
-            field.name for field in dataclasses.fields(Config) if field.metadata["video"] and field.name in given
-        )
+    video = [field.name for field in dataclasses.fields(Config) if field.metadata["video"]]
+    unread = {TOY: ["model", *video], TINY: ["model"], MINI: ["model", *MINI_UNREAD]}
+    foreign = sorted(name for name in unread.get(preset, []) if name in given)
     if foreign:
         raise ValueError(f"the {preset} preset does not read {', '.join(foreign)}; use --preset paper, or leave it out")
-    return Config(**PRESETS[preset] | given)
+    config = Config(**PRESETS[preset] | given)
+    if preset == MINI:
+        share_batch(config, given, planned_ranks(config, options))
+    return config
+
+
+def share_batch(config, given, ranks):
+    """The miniature's samples are shared by the ranks, so that its result does not depend on how many there are."""
+    if "batch_size" not in given:
+        if config.batch_size % ranks:
+            rule = f"the ranks must share the {config.batch_size} samples of the mini preset evenly"
+            raise ValueError(f"{rule}: got {ranks}; use as many as divide it, or --batch_size")
+        config.batch_size //= ranks
+    if "micro_batch" not in given:
+        config.micro_batch = math.gcd(config.micro_batch, config.batch_size)
+
+
+def departures(config, ranks):
+    """The settings in which a run of the miniature differs from its preset, but for those that its band covers."""
+    preset = Config(**PRESETS[MINI])
+    differing = []
+    for field in dataclasses.fields(Config):
+        if field.name not in BAND_COVERS and getattr(config, field.name) != getattr(preset, field.name):
+            differing.append(field.name)
+    if config.batch_size * ranks != preset.batch_size:
+        differing.append("batch_size")
+    return differing
 
 
 def planned_ranks(config, options):
@@ -533,7 +590,7 @@ def planned_ranks(config, options):
         return 1
     if torch.cuda.device_count():
         return torch.cuda.device_count()
-    return 8 if options.dry_run and config.model != TINY else 1
+    return 8 if options.dry_run and config.model not in BUILT_IN else 1
 
 
 # ------------------------------------------------------------------------------------------------ the plan of a run
@@ -563,8 +620,8 @@ def arithmetic(config, ranks):
     w_pos, _ = kl_weights(config.kl_mode)
     if w_pos:
         lines.append(
-            f"reference passes         {passes} × {config.kl_steps or trained} without gradient, unless the anchor is the"
-            " rollout's policy"
+            f"reference passes         {passes} × {config.kl_steps or trained} without gradient, unless the anchor is"
+            " the rollout's policy"
         )
     if config.kl_mode in ("moving", "dual"):
         often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one

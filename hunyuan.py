@@ -465,7 +465,7 @@ def check_network(model, name):
 
 
 def stored_tensors(folder, stem):
-    """{name: (shape, dtype, file)} from the headers of a network's safetensors files; they also give away a cut file."""
+    """{name: (shape, dtype, file)} from the headers of a network's safetensors files, which also give away a cut one."""
     index = folder / f"{stem}.safetensors.index.json"
     listed = None
     files = [f"{stem}.safetensors"]

@@ -1,5 +1,6 @@
 """The pictures that a run saves: its curves, and the same prompts and noise before and after training."""
 
+import math
 import textwrap
 
 import matplotlib
@@ -108,9 +109,13 @@ def to_image(frame):
 
 
 def contact_sheet(videos, prompts, path, columns=4):
-    """A PNG with one row for each prompt: its text, and `columns` frames of uint8 videos [prompts, F, 3, H, W]."""
+    """A PNG with one row for each prompt: its text, and `columns` frames of uint8 videos [prompts, F, 3, H, W].
+
+    Frames narrower than 60 pixels are drawn larger, by a whole factor, so that text and picture can be read.
+    """
     places = np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)
-    height, width = videos.shape[3:]
+    enlarge = math.ceil(60 / videos.shape[4])
+    height, width = (enlarge * size for size in videos.shape[3:])
     text_height = FONT_SIZE + 6
     row_height = text_height + height + GAP
     canvas = Image.new("RGB", (columns * (width + GAP), len(videos) * row_height), "white")
@@ -120,7 +125,8 @@ def contact_sheet(videos, prompts, path, columns=4):
         line = textwrap.shorten(prompt, int(canvas.width / LETTER), placeholder=" …")
         draw.text((2, top + 1), line, "black", FONT)
         for column, place in enumerate(places):
-            canvas.paste(to_image(video[place]), (column * (width + GAP), top + text_height))
+            picture = to_image(video[place]).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (column * (width + GAP), top + text_height))
     canvas.save(path)
 
 

@@ -2,6 +2,7 @@
 
     python train.py                        the toy, on a laptop, in about a minute
     python train.py --preset tiny          the real classes with tiny random weights: proves the path of the full run
+    python train.py --preset mini          the real classes with small trained weights: that path learns, and says so
     python train.py --preset paper ...     HunyuanVideo-1.5 with VideoAlign, on all GPUs of this machine
     python train.py --preset release ...   the same with the settings of the released script
     torchrun ... train.py --preset paper   over several machines
@@ -30,7 +31,19 @@ from tqdm import tqdm
 import checkpoint
 import pictures
 from checkpoint import generator
-from config import TINY, TOY, allowed_changes, arithmetic, parse, planned_ranks, print_memory, prompt_digests
+from config import (
+    BUILT_IN,
+    MINI,
+    TINY,
+    TOY,
+    allowed_changes,
+    arithmetic,
+    departures,
+    parse,
+    planned_ranks,
+    print_memory,
+    prompt_digests,
+)
 from grpo import AllRanks, OneRank, collect, evaluate, update
 from prompts import read_prompts
 from sde import SDE, sigma_schedule
@@ -136,7 +149,7 @@ def own_prompts(prompts, config, iteration, ranks):
 def load_hunyuan(config, run, device, mesh):
     import hunyuan
 
-    model = run / "tiny" / "model" if config.model == TINY else config.model
+    model = run / config.model / "model" if config.model in BUILT_IN else config.model
     return hunyuan.load(
         str(model),
         hunyuan.latent_shape(config.frames, config.height, config.width),
@@ -158,41 +171,60 @@ def build(config, run, ranks, device, mesh):
     """(policy, training reward, evaluation reward, training prompts, evaluation prompts)."""
     if config.model == TOY:
         return ToyPolicy(), world.rewards, world.rewards, world.PROMPTS, world.PROMPTS
+    prompts, eval_prompts = read_prompts(config.prompts), read_prompts(config.eval_prompts)
+    if config.model == TINY:
+        prompts, eval_prompts = prompts[:4], eval_prompts[:4]
+    if config.model in BUILT_IN:
+        write_small_models(config.model, run / config.model, ranks, device)
+    reward, eval_reward = build_reward(config, run, device)
+    policy = load_hunyuan(config, run, device, mesh)
+    if ranks.rank == 0:  # now, so that the text encoders come and go once; the other ranks find the prompts encoded
+        policy.encode(prompts + eval_prompts)
+    wait_for_all(ranks, device)
+    policy.encode(prompts + eval_prompts)
+    return policy, reward, eval_reward, prompts, eval_prompts
+
+
+def wait_for_all(ranks, device):
+    ranks.gather(torch.zeros(1, device=device)).sum().item()
+
+
+def write_small_models(model, folder, ranks, device):
+    """Write the models that a preset brings along into the run folder, by the first rank."""
+    from tiny.hunyuan import build_tiny_hunyuan
+    from tiny.miniature import build_miniature
+    from tiny.videoalign import build_tiny_template, build_tiny_videoalign
+
+    if ranks.rank == 0 and not (folder / "complete").exists():
+        if model == MINI:
+            build_miniature(folder / "model")
+        else:
+            build_tiny_hunyuan(folder / "model")
+            build_tiny_videoalign(folder / "videoalign")
+            build_tiny_template(folder / "videoalign_repo")
+        (folder / "complete").touch()
+    wait_for_all(ranks, device)  # nobody reads before it is written
+
+
+def build_reward(config, run, device):
+    """(training reward, evaluation reward) of a video model."""
+    if config.model == MINI:
+        from tiny import miniature
+
+        return miniature.reward, miniature.reward
     from hunyuan import one_after_another
     from videoalign import CLIPScore, PickScore, VideoAlign
 
-    prompts, eval_prompts = read_prompts(config.prompts), read_prompts(config.eval_prompts)
     videoalign, repo = config.videoalign, config.videoalign_repo
     if config.model == TINY:
-        prompts, eval_prompts = prompts[:4], eval_prompts[:4]
-        videoalign, repo = build_tiny(run / "tiny", ranks, device)
+        videoalign, repo = run / TINY / "videoalign", run / TINY / "videoalign_repo"
     reward = one_after_another(lambda: VideoAlign(videoalign, repo, device, fps=config.fps))
     extra = []
     if config.clip_score:
         extra.append(CLIPScore(config.clip_score, device))
     if config.pick_score:
         extra.append(PickScore(config.pick_score, device))
-    policy = load_hunyuan(config, run, device, mesh)
-    if ranks.rank == 0:  # now, so that the text encoders come and go once; the other ranks find the prompts encoded
-        policy.encode(prompts + eval_prompts)
-    ranks.gather(torch.zeros(1, device=device)).sum().item()
-    policy.encode(prompts + eval_prompts)
-    return policy, reward, partial(evaluation_reward, reward, extra), prompts, eval_prompts
-
-
-def build_tiny(folder, ranks, device):
-    """Write the tiny model and reward model into the run folder, by the first rank. Returns the reward model's
-    folders.
-    """
-    from tiny.hunyuan import build_tiny_hunyuan
-    from tiny.videoalign import build_tiny_template, build_tiny_videoalign
-
-    if ranks.rank == 0 and not (folder / "videoalign_repo").exists():
-        build_tiny_hunyuan(folder / "model")
-        build_tiny_videoalign(folder / "videoalign")
-        build_tiny_template(folder / "videoalign_repo")
-    ranks.gather(torch.zeros(1, device=device)).sum().item()  # nobody reads before it is written
-    return folder / "videoalign", folder / "videoalign_repo"
+    return reward, partial(evaluation_reward, reward, extra)
 
 
 def evaluation_reward(reward, extra, videos, prompts):
@@ -319,7 +351,7 @@ def print_plan(config, options):
     ranks = planned_ranks(config, options)
     print(json.dumps(asdict(config), indent=1, ensure_ascii=False))
     print(arithmetic(config, ranks))
-    if config.model not in (TOY, TINY):
+    if config.model not in BUILT_IN:
         print_memory(config, ranks, options.gpu_memory_gb)
 
 
@@ -336,7 +368,7 @@ def export(config, options, ranks, device, mesh):
 
 def start(config, options, ranks, device, mesh):
     """Open the run folder and verify what is in it, before anything is built; then train."""
-    preset = config.model if config.model in (TOY, TINY) else options.preset or "paper"
+    preset = config.model if config.model in BUILT_IN else options.preset or "paper"
     run, goes_on, restarted = checkpoint.open_run(options.resume, config.runs, config.name, preset)
     with checkpoint.locked(run):
         chosen, changes, log = None, {}, checkpoint.Log(run)
@@ -402,14 +434,12 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
         if evaluation_is_due(config, iteration):  # after the save, so that nothing is lost where it fails
             line |= run_evaluation(policy, eval_reward, eval_prompts, config, iteration, run, ranks)
         log.append(line)  # a line is written once, as a whole
-        if first and "eval_reward" in line:
-            draw_curves(run, config)
         if first:
-            show_iteration(bar, board, line)
+            show_iteration(run, config, bar, board, line)
     bar.close()
     done = iteration == config.iterations
     if first:
-        show_end(config, run, iteration, done, eval_prompts)
+        show_end(config, run, iteration, done, eval_prompts, ranks.world)
     return done
 
 
@@ -417,8 +447,10 @@ def show_step(bar, config, k):
     bar.set_postfix_str(f"rollout step {k + 1} of {config.num_steps}")
 
 
-def show_iteration(bar, board, line):
+def show_iteration(run, config, bar, board, line):
     """On the bar, or as a line of its own where stderr is a file: a bar would fill it with its redrawings."""
+    if "eval_reward" in line:
+        draw_curves(run, config)
     bar.update()
     kl = line.get("kl_position", line["kl_velocity"])
     bar.set_postfix(reward=f"{line['reward_mean']:.3f}", kl=f"{kl:.1e}")
@@ -439,14 +471,18 @@ def draw_curves(run, config):
         pictures.curves(checkpoint.read_log(run), config.clip_range, run / "curves.png")
 
 
-def show_end(config, run, iteration, done, eval_prompts):
+def show_end(config, run, iteration, done, eval_prompts, world_size):
     """Draw the run, which is saved by now. Where an older file that the pictures show is damaged, there are none."""
-    if done:
-        with checkpoint.warn_of_failure("drawing the run's pictures", Exception):
-            pictures.report(run, checkpoint.read_log(run), config, eval_prompts)
-    else:
+    if not done:
         draw_curves(run, config)
         print(f"stopped after iteration {iteration}; go on with: python train.py --resume {shlex.quote(str(run))}")
+        return
+    with checkpoint.warn_of_failure("drawing the run's pictures", Exception):
+        pictures.report(run, checkpoint.read_log(run), config, eval_prompts)
+    if config.model == MINI:
+        from tiny import miniature
+
+        print(miniature.verdict(checkpoint.read_log(run), departures(config, world_size)))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 import train
+from checkpoint import read_log
 from config import PRESETS, Config
 from paper import claims, plots
 from toy import world
@@ -158,10 +159,6 @@ def is_done(run, settings):
         return False
     last = read_log(run)[-1]
     return last["iteration"] == settings.iterations and "eval_reward" in last
-
-
-def read_log(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_one(job):
@@ -338,8 +335,11 @@ def full_grid(runs):
     run_all(runs / "full", rows, SEEDS, whole)
     results = collect_results(runs / "full", rows, SEEDS, claims.CLAIMS)
     results["tuning"] = tried
-    if Path("results.json").exists():  # what was measured with versions that still had those options
-        results["removed"] = read_results()["removed"]
+    if Path("results.json").exists():
+        shipped = read_results()
+        results["removed"] = shipped["removed"]  # measured with versions that still had those options
+        if "rehearsal" in shipped:  # paper/rehearsal.py
+            results["rehearsal"] = shipped["rehearsal"]
     write_results(Path("results.json"), results)
     claims.write_tables(results, Path("RESULTS.md"))
     plots.ablation_pictures(partial(log_of, runs / "full", SEEDS), results, Path("figures"))

@@ -1,4 +1,4 @@
-"""Prompt files. train.txt and eval.txt are a starter set, written for this project.
+"""Prompt files. train.txt and eval.txt are a starter set, written for this project; blobs.txt is the miniature's.
 
 train.py takes others with --prompts and --eval_prompts.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 STARTER_TRAIN = str(Path(__file__).with_name("train.txt"))
 STARTER_EVAL = str(Path(__file__).with_name("eval.txt"))
+BLOBS = str(Path(__file__).with_name("blobs.txt"))
 # Such as <|im_end|>, which ends the prompt's turn, and <|video_pad|> and <|TA_reward|>, where VideoAlign reads scores.
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 LONGEST_PROMPT = 10_000  # bytes; 1,000 tokens of English are half of that. hunyuan.check_prompts counts the tokens

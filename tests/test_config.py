@@ -167,7 +167,7 @@ def test_help_explains_every_setting_in_groups(capsys):
     assert (
         "η, exploration scale; at most 1 for cps [release: 0.5] (default 0.5)" in shown and "[release: 1e-4]" in shown
     )
-    assert "learning rate, constant [paper: 1e-5] (default 1e-05; toy 0.0006; tiny 0.0001)" in shown
+    assert "learning rate, constant [paper: 1e-5] (default 1e-05; toy 0.0006; tiny 0.0001; mini 0.0005)" in shown
     assert len(shown.split("Train a video flow model")[0]) < 200  # the usage is short
 
 

@@ -130,8 +130,9 @@ def test_a_reward_that_exits_is_named(error):
 def test_the_names_of_a_reward_may_not_change_between_calls():
     calls = iter([{"VQ": torch.zeros(8), "MQ": torch.zeros(8), "TA": torch.zeros(8)}, {"VQ": torch.zeros(8)}])
     ode, noise = SDE("sage_grpo", 0.0, sigma_schedule(T, 5.0)), [*generators(0), *generators(8)]
+    policy, prompts = LinearPolicy(), ["a"] * 16
     with pytest.raises(RuntimeError, match="same names at every call .*: got VQ, MQ, TA first, then VQ"):
-        evaluate(LinearPolicy(), lambda videos, prompts: next(calls), ["a"] * 16, LinearPolicy.latent_shape, ode, noise, CONFIG)
+        evaluate(policy, lambda videos, prompts: next(calls), prompts, policy.latent_shape, ode, noise, CONFIG)
 
 
 def test_a_failed_sample_without_a_cause_is_named():

@@ -40,18 +40,22 @@ def build_tiny_hunyuan(folder, seed=0):
     """Write a HunyuanVideo15Pipeline folder: about 20 MB, mostly a projection whose width of 2048 is hard-coded."""
     with torch.random.fork_rng(devices=[]):  # random weights only: the caller's generator is left as it was
         torch.manual_seed(seed)
-        pipeline = HunyuanVideo15Pipeline(
-            text_encoder=tiny_text_encoder(vocab_size=512),
-            tokenizer=tiny_tokenizer(),
-            transformer=tiny_transformer(),
-            vae=tiny_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-            text_encoder_2=tiny_glyph_encoder(),
-            tokenizer_2=ByT5Tokenizer(),  # bytes: needs no vocabulary file
-            guider=ClassifierFreeGuidance(guidance_scale=6.0),
-        )
+        pipeline = tiny_pipeline(tiny_text_encoder(), tiny_tokenizer(), tiny_transformer(), tiny_vae())
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def tiny_pipeline(text_encoder, tokenizer, transformer, vae):
+    return HunyuanVideo15Pipeline(
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder_2=tiny_glyph_encoder(),
+        tokenizer_2=ByT5Tokenizer(),  # bytes: needs no vocabulary file
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )
 
 
 def tiny_transformer():
@@ -85,7 +89,7 @@ def tiny_vae():
     )
 
 
-def tiny_text_encoder(vocab_size):
+def tiny_text_encoder(vocab_size=512):
     """Four layers, since the pipeline reads the third hidden state from the end."""
     return Qwen2_5_VLTextModel(
         Qwen2_5_VLTextConfig(
@@ -119,16 +123,17 @@ def tiny_glyph_encoder():
     )
 
 
-def tiny_tokenizer():
+def tiny_tokenizer(texts=()):
     """A byte-level BPE under which the text before the user's has as many tokens as under the released one: 108.
 
+    Each word of `texts` becomes one token, too.
     The pipeline cuts that many tokens off without looking. A tokenizer that splits the system message more finely would
     leave a part of it in every prompt, a coarser one would cut into the prompt. With one token for each of its words,
     as in the released tokenizer, the count comes out; these are all the merges that the message itself can give.
     """
     stock = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
     message, crop = stock["system_message"].default, stock["crop_start"].default
-    tokenizer = qwen_tokenizer(train_merges(f"system\n{message}\nuser\n"))
+    tokenizer = qwen_tokenizer(train_merges([f"system\n{message}\nuser\n", *texts]))
     chat = [{"role": "system", "content": message}, {"role": "user", "content": ""}]
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     length = len(tokenizer(text[: text.rindex(CLOSE)]).input_ids)
@@ -139,13 +144,13 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def train_merges(text):
-    """Byte-pair merges of a text, split into words as Qwen2 splits it, in the order in which they were found."""
+def train_merges(texts):
+    """Byte-pair merges of texts, split into words as Qwen2 splits it, in the order in which they were found."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = qwen_tokenizer(merges=[]).backend_tokenizer.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([text], trainer)
+    bpe.train_from_iterator(texts, trainer)
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
 

@@ -70,19 +70,35 @@ def blob(centre, log_size):
     return (-square / (2 * variance)).exp()
 
 
-def clean_clips(prompts, generator):
-    """One point of the manifold for each prompt, [B, 3, F, H, W]. The middle of its path lies at 5.5 ± 1.5 pixels."""
+def fine_blob(centre, log_size, scale):
+    """The same blob on a raster `scale` times as fine, [N, F, scale·H · scale·W], still measured in the toy's pixels.
+
+    It is narrower and brighter by what a mean over scale × scale pixels widens and dims. So that mean is `blob` again.
+    """
+    places = (torch.arange(scale * SIDE) + 0.5) / scale - 0.5
+    grid_x, grid_y = torch.meshgrid(places, places, indexing="xy")
+    square = (torch.stack([grid_x, grid_y]).flatten(1) - centre[..., None]).square().sum(2)
+    wanted = (2 * log_size).exp()[:, None, None]
+    variance = wanted - (1 - scale**-2) / 12  # a square of side 1 has the variance 1/12 in each direction
+    return wanted / variance * (-square / (2 * variance)).exp()
+
+
+def clean_clips(prompts, generator, scale=1):
+    """One point of the manifold for each prompt, [B, 3, F, H, W]. The middle of its path lies at 5.5 ± 1.5 pixels.
+
+    scale: draw each clip larger. The toy has 1; a mean over scale × scale pixels gives the toy's clip.
+    """
     words = [parse(prompt) for prompt in prompts]
     count = len(words)
     no_jitter = torch.zeros(count, FRAMES, 2)
-    return _render(words, no_jitter, torch.ones(count, 1, 1), torch.ones(count, FRAMES), generator)
+    return _render(words, no_jitter, torch.ones(count, 1, 1), torch.ones(count, FRAMES), generator, scale)
 
 
-def training_clips(prompts, generator):
+def training_clips(prompts, generator, scale=1):
     """What the flow model is pre-trained on: the manifold, badly filmed, so that RL has something to mend.
 
     Each attribute word is replaced by a random one with p = 0.2. The position jitters by up to 0.6 pixels. One clip in
-    ten flickers, one in ten stands still. Pixel noise has a std of up to 0.2.
+    ten flickers, one in ten stands still. Pixel noise has a std of up to 0.2; a larger clip has the same noise, larger.
     """
     count = len(prompts)
 
@@ -103,12 +119,13 @@ def training_clips(prompts, generator):
     moving = uniform(count, 1, 1) >= 0.1
     flickers = uniform(count, 1) < 0.1
     gain = 1 + 0.3 * flickers * normal(count, FRAMES)
-    clips = _render(words, jitter, moving, gain, generator)
+    clips = _render(words, jitter, moving, gain, generator, scale)
     noise_std = 0.2 * uniform(count, 1, 1, 1, 1)
-    return clips + noise_std * normal(*clips.shape)
+    noise = noise_std * normal(count, 3, FRAMES, SIDE, SIDE)
+    return clips + noise.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
 
 
-def _render(words, jitter, moving, gain, generator):
+def _render(words, jitter, moving, gain, generator, scale):
     """Clips [B, 3, F, H, W] of blobs with the attributes `words`. The generator draws where each path has its middle.
 
     jitter [B, F, 2] is added to the centre, in pixels. moving [B, 1, 1]: 0 makes the blob stand still. gain [B, F]
@@ -118,9 +135,9 @@ def _render(words, jitter, moving, gain, generator):
     middle = 5.5 + 3.0 * (torch.rand(len(words), 1, 2, generator=generator) - 0.5)
     velocity = direction * speed[:, None]  # [B, 2]
     centre = middle + moving * velocity[:, None] * TIME[:, None] + jitter  # [B, F, 2]
-    frames = blob(centre, size.log()) * gain[..., None]
+    frames = fine_blob(centre, size.log(), scale) * gain[..., None]
     clips = PEAK * torch.einsum("bc,bfp->bcfp", colour, frames)
-    return clips.unflatten(-1, (SIDE, SIDE))
+    return clips.unflatten(-1, (scale * SIDE, scale * SIDE))
 
 
 # ---------------------------------------------------------------------------------------------- measuring a video

@@ -1,0 +1,177 @@
+"""What the full run's path does with its settings, measured on the miniature: short runs of `train.py --preset mini`.
+
+    python -m paper.rehearsal              all arms on five seeds; results.json, and a table on the screen
+    python -m paper.rehearsal --only bf16  one arm
+    python -m paper.rehearsal --table      run nothing: the table from results.json
+
+An arm changes some settings of a short run (SHORT), and each of its runs takes one core, or two with two ranks. Every
+run is a plain command line, so its folder (runs/rehearsal/…) can be looked at like any other. Ctrl-C stops; the same
+command goes on where it stopped, a run that is half done from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import read_log
+from config import MINI, PRESETS
+from hunyuan import HunyuanPolicy
+from paper.ablate import read_results, write_results
+
+SEEDS = range(5)
+# Enough iterations for learning to stand clear of the seeds' spread, in about a minute and a half on one core.
+SHORT = ["--iterations", "8", "--eval_every", "8", "--checkpoint_every", "4"]
+TWO_RANKS = 2
+
+
+def arms():
+    """{arm: its options}. Those whose names begin with "2 ranks" run under torchrun; see `commands`."""
+    samplers = ("flow_grpo", "dance_grpo", "cps", "exact")
+    return {
+        "short run": [],
+        "bf16": ["--compute_dtype", "bfloat16"],
+        "LoRA 16": ["--lora_rank", "16"],
+        "2 ranks": [],
+        "2 ranks, LoRA 16, bf16": ["--lora_rank", "16", "--compute_dtype", "bfloat16"],
+        "2 ranks, then 1": [],
+        "guidance 1": ["--guidance_scale", "1"],
+        "guidance 6": ["--guidance_scale", "6"],
+        "gradient through the conditional branch alone": [],
+        "anchor never refreshed": ["--kl_mode", "fixed"],
+        "no KL": ["--kl_mode", "none"],
+        "equalizer off": ["--no-equalizer"],
+        "two optimizer steps": ["--optimizer_steps", "2", "--anchor_every", "20"],
+        **{sampler: ["--sde_type", sampler] for sampler in samplers},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- runs
+def commands(arm, options, run, seed):
+    """The command lines, one after another, that make a run of an arm, or finish one."""
+    whole = ["--preset", "mini", "--runs", str(run.parent), "--name", run.name, "--seed", str(seed), *SHORT, *options]
+    started = any(run.glob("checkpoints/iteration-*"))
+    begin = ["--resume", str(run)] if started else whole
+    if arm == "gradient through the conditional branch alone":
+        return [python("rehearsal.conditional_gradient_alone()", *begin)]
+    if arm == "2 ranks, then 1":
+        middle = str(int(SHORT[1]) // 2)
+        finish = python(f"rehearsal.join_ranks({str(run)!r})", "--resume", str(run), "--iterations", SHORT[1])
+        if started:
+            return [finish]
+        return [[*torchrun(), *whole, "--iterations", middle], finish]
+    if arm.startswith("2 ranks"):
+        return [[*torchrun(), *begin]]
+    return [[sys.executable, "train.py", *begin]]
+
+
+def python(first, *arguments):
+    """`python train.py` with these arguments, after the call `first` of this module."""
+    return [sys.executable, "-c", f"import train; from paper import rehearsal; {first}; train.main()", *arguments]
+
+
+def torchrun():
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={TWO_RANKS}", "train.py"]
+
+
+def conditional_gradient_alone():
+    """From here on the unconditional branch of guidance has no gradient."""
+    denoise = HunyuanPolicy._denoise
+
+    def without_gradient(policy, x, sigma, cond):
+        unconditional = len(cond) == 1 and cond[0] is policy.unconditional
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not unconditional):
+            return denoise(policy, x, sigma, cond)
+
+    HunyuanPolicy._denoise = without_gradient
+
+
+def run_one(arm, options, run, seed):
+    """Make a run; what it prints goes to a .txt beside its folder. Returns its numbers."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(run.parent / f"{run.name}.txt", "a") as out:
+        for command in commands(arm, options, run, seed):
+            subprocess.run(command, env=environment, stdout=out, stderr=out, check=True)
+    return summarise(run)
+
+
+def join_ranks(run):
+    """One rank goes on with what two began, and takes all of their samples."""
+    path = Path(run) / "config.json"
+    settings = json.loads(path.read_text())
+    settings["batch_size"] = PRESETS[MINI]["batch_size"]
+    path.write_text(json.dumps(settings, indent=1, ensure_ascii=False))
+
+
+def summarise(run):
+    """Rewards of the first and the last evaluation, and what the last one consists of."""
+    evaluations = [line for line in read_log(run) if "eval_reward" in line]
+    numbers = {"before": evaluations[0]["eval_reward"], "after": evaluations[-1]["eval_reward"]}
+    for name in ("VQ", "MQ", "TA", "distance"):
+        numbers[name] = evaluations[-1][f"eval_{name}"]
+    return {name: round(value, 6) for name, value in numbers.items()}
+
+
+def run_all(folder, chosen, seeds, workers):
+    """Run what results.json lacks, seed by seed, and add every number to it as soon as it is there."""
+    results = read_results()
+    table = results.setdefault("rehearsal", {})
+    jobs = []
+    for seed in seeds:
+        for arm, options in chosen.items():
+            entry = table.setdefault(arm, {"options": [*SHORT, *options], "seeds": {}})
+            if entry["options"] != [*SHORT, *options]:
+                raise SystemExit(f"results.json must have this grid's settings: {arm} differs; delete its entry")
+            if str(seed) not in entry["seeds"]:
+                jobs.append((arm, options, folder / f"seed-{seed}" / arm, seed))
+    with ThreadPoolExecutor(workers) as pool:  # each job is a process of its own
+        futures = {pool.submit(run_one, *job): job for job in jobs}
+        for future in tqdm(as_completed(futures), total=len(jobs), unit="run"):
+            arm, _, _, seed = futures[future]
+            table[arm]["seeds"][str(seed)] = future.result()
+            write_results(Path("results.json"), results)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------- the table
+def markdown(table):
+    """Mean and standard deviation over the seeds of each arm, as a table."""
+    names = ("arm", "before", "after", "gain", "VQ", "MQ", "TA", "distance", "seeds")
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for arm, entry in table.items():
+        runs = list(entry["seeds"].values())
+        if not runs:
+            continue
+        gains = [run["after"] - run["before"] for run in runs]
+        columns = [[run[name] for run in runs] for name in ("before", "after")] + [gains]
+        columns += [[run[name] for run in runs] for name in ("VQ", "MQ", "TA", "distance")]
+        cells = [f"{np.mean(column):.3f} ± {np.std(column, ddof=min(1, len(column) - 1)):.3f}" for column in columns]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=arms(), help="arms to run [default: all]")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds 0 … n − 1")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time [default: one a core]")
+    parser.add_argument("--runs", default="runs/rehearsal", help="folder of the runs")
+    parser.add_argument("--table", action="store_true", help="run nothing: the table from results.json")
+    options = parser.parse_args()
+    table = read_results().get("rehearsal", {})
+    if not options.table:
+        chosen = {arm: settings for arm, settings in arms().items() if not options.only or arm in options.only}
+        table = run_all(Path(options.runs), chosen, range(options.seeds), options.workers)
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
