@@ -456,7 +456,10 @@ def position_weights(sde, count, generators, ranks):
     if not count:
         return sde.stochastic.double()
     trained = sde.stochastic.nonzero().flatten()
-    order, *_ = ranks.exchange(torch.randperm(len(trained), generator=generators[0]).tolist())
+    order = None
+    if ranks.rank == 0:  # the other ranks' generators stay untouched, as they do where one rank has all samples
+        order = torch.randperm(len(trained), generator=generators[0]).tolist()
+    order, *_ = ranks.exchange(order)
     weights = torch.zeros(sde.num_steps, dtype=torch.float64)
     weights[trained[order[:count]]] = len(trained) / count
     return weights
