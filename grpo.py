@@ -560,8 +560,8 @@ def optimizer_step(optimizers, parameters, max_grad_norm, loss):
     if not (norm.isfinite() and loss.isfinite()):
         raise FloatingPointError(
             f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. No step was made of them, "
-            "but the policy may have gone astray before: look in metrics.jsonl for the last iteration with a steady reward "
-            "and gradient norm, and go on from a checkpoint before it with a lower learning rate"
+            "but the policy may have gone astray before: look in metrics.jsonl for the last iteration with a steady "
+            "reward and gradient norm, and go on from a checkpoint before it with a lower learning rate"
         )
     for optimizer in optimizers:
         optimizer.step()
