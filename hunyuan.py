@@ -465,7 +465,7 @@ def check_network(model, name):
 
 
 def stored_tensors(folder, stem):
-    """{name: (shape, dtype, file)} of a network, from the headers of its safetensors files; they give away a cut file."""
+    """{name: (shape, dtype, file)}, from the headers of a network's safetensors files; they also tell a cut file."""
     index = folder / f"{stem}.safetensors.index.json"
     listed = None
     files = [f"{stem}.safetensors"]
