@@ -18,12 +18,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from checkpoint import read_log
 from config import MINI, PRESETS
-from hunyuan import HunyuanPolicy
 from paper.ablate import read_results, write_results
 
 SEEDS = range(5)
@@ -44,11 +42,13 @@ def arms():
         "2 ranks, then 1": [],
         "guidance 1": ["--guidance_scale", "1"],
         "guidance 6": ["--guidance_scale", "6"],
-        "gradient through the conditional branch alone": [],
+        "gradient through the conditional branch alone": ["--guidance_gradient", "conditional"],
         "anchor never refreshed": ["--kl_mode", "fixed"],
         "no KL": ["--kl_mode", "none"],
         "equalizer off": ["--no-equalizer"],
         "two optimizer steps": ["--optimizer_steps", "2", "--anchor_every", "20"],
+        "position KL on 3 of 10 steps": ["--kl_steps", "3"],
+        "noise on 4 steps of the first 6": ["--sde_steps", "4"],
         **{sampler: ["--sde_type", sampler] for sampler in samplers},
     }
 
@@ -59,11 +59,9 @@ def commands(arm, options, run, seed):
     whole = ["--preset", "mini", "--runs", str(run.parent), "--name", run.name, "--seed", str(seed), *SHORT, *options]
     started = any(run.glob("checkpoints/iteration-*"))
     begin = ["--resume", str(run)] if started else whole
-    if arm == "gradient through the conditional branch alone":
-        return [python("rehearsal.conditional_gradient_alone()", *begin)]
     if arm == "2 ranks, then 1":
         middle = str(int(SHORT[1]) // 2)
-        finish = python(f"rehearsal.join_ranks({str(run)!r})", "--resume", str(run), "--iterations", SHORT[1])
+        finish = [sys.executable, "train.py", "--resume", str(run), "--iterations", SHORT[1]]
         if started:
             return [finish]
         return [[*torchrun(), *whole, "--iterations", middle], finish]
@@ -72,25 +70,8 @@ def commands(arm, options, run, seed):
     return [[sys.executable, "train.py", *begin]]
 
 
-def python(first, *arguments):
-    """`python train.py` with these arguments, after the call `first` of this module."""
-    return [sys.executable, "-c", f"import train; from paper import rehearsal; {first}; train.main()", *arguments]
-
-
 def torchrun():
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={TWO_RANKS}", "train.py"]
-
-
-def conditional_gradient_alone():
-    """From here on the unconditional branch of guidance has no gradient."""
-    denoise = HunyuanPolicy._denoise
-
-    def without_gradient(policy, x, sigma, cond):
-        unconditional = len(cond) == 1 and cond[0] is policy.unconditional
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not unconditional):
-            return denoise(policy, x, sigma, cond)
-
-    HunyuanPolicy._denoise = without_gradient
 
 
 def run_one(arm, options, run, seed):
@@ -99,13 +80,15 @@ def run_one(arm, options, run, seed):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(run.parent / f"{run.name}.txt", "a") as out:
         for command in commands(arm, options, run, seed):
+            if arm == "2 ranks, then 1" and "--resume" in command:
+                join_ranks(run)
             subprocess.run(command, env=environment, stdout=out, stderr=out, check=True)
     return summarise(run)
 
 
 def join_ranks(run):
     """One rank goes on with what two began, and takes all of their samples."""
-    path = Path(run) / "config.json"
+    path = run / "config.json"
     settings = json.loads(path.read_text())
     settings["batch_size"] = PRESETS[MINI]["batch_size"]
     path.write_text(json.dumps(settings, indent=1, ensure_ascii=False))

@@ -31,7 +31,7 @@ def test_options_and_files_named_in_the_readme_exist(capsys):
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
     for name in re.findall(r"`((?:\w+/)?\w+\.py)`", README):
-        places = [ROOT / name, ROOT / "toy" / name, ROOT / "paper" / name]
+        places = [ROOT / folder / name for folder in ("", "toy", "paper", "tiny")]
         assert any(place.exists() for place in places), name
     for name in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / name).exists(), name
