@@ -291,8 +291,7 @@ def check_folder_to_make(setting, folder):
 MINI_UNREAD = ("frames", "height", "width", "eval_height", "eval_width", "videoalign", "videoalign_repo",
                "clip_score", "pick_score")  # fmt: skip
 # What a run of the miniature may change and still be compared with its reference.
-BAND_COVERS = ("name", "runs", "seed", "checkpoint_every", "keep_checkpoints", "eval_every", "prompt_cache",
-               "compute_dtype", "lora_rank", "anchor_offload", "batch_size", "micro_batch")  # fmt: skip
+BAND_COVERS = {*FREE, "seed", "compute_dtype", "lora_rank", "batch_size"} - {"iterations"}
 PAPER = dict(model="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v")  # all else: the defaults above
 PRESETS = {
     "toy": dict(  # measured on the toy, see RESULTS.md; the rest is the paper's
