@@ -147,8 +147,8 @@ def test_the_verdict_compares_like_with_like():
     assert said(start, 0.1, ["eta"]).endswith("no reference, since eta differ from the mini preset's")
     config = Config(**PRESETS[MINI])
     assert departures(config, 1) == [] and departures(config, 2) == ["batch_size"]
-    config.compute_dtype, config.seed, config.eta = "bfloat16", 7, 0.4
-    assert departures(config, 1) == ["eta"]
+    config.compute_dtype, config.seed, config.eta, config.lora_rank = "bfloat16", 7, 0.4, 16
+    assert departures(config, 1) == ["eta", "lora_rank"]
 
 
 # ---------------------------------------------------------------------------------------------- learning
