@@ -645,7 +645,7 @@ def print_memory(config, ranks, gpu_memory_gb):
         parts["anchor"] = 0.0
     parts["videoalign"] = 4 * 2.2e9 / 2**30  # Qwen2-VL-2B in float32
     if not config.lora_rank and config.guidance_scale != 1 and config.guidance_gradient == "both":
-        # A weight's gradient is the sum of both branches'. The backward pass goes through one branch after the other, so
+        # A weight's gradient is the sum of both branches'. Backward goes through one branch after the other, so
         # the first one's bf16 gradients of all weights wait, before FSDP can shard them, on every GPU.
         trained = hunyuan.prepare(hunyuan.meta_transformer()).num_parameters(only_trainable=True)
         parts["waiting"] = 2 * trained / 2**30
