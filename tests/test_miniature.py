@@ -19,13 +19,7 @@ from sde import SDE, rollout, sigma_schedule
 from tiny import codec, miniature
 from toy import world
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small lose time to a second thread
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
