@@ -227,11 +227,15 @@ def sample(policy, prompts, latent_shape, sde, generators, copies=1, callback=No
 def score(reward, videos, prompts, ranks, device):
     """Call the reward and check what it returns, before a score crosses ranks.
 
-    Returns ({name: float64 [B]}, first cause of a failed sample of each rank). The names have the first rank's order.
+    Returns ({name: float64 [B]}, first cause of a failed sample of each rank, seconds of the reward and of the wait
+    for the slowest rank's). The names have the first rank's order.
     If the reward of one rank fails or breaks the contract of rewards.py, all ranks raise, and with the same cause.
     """
+    started = clock(device)
     own, problem = call_reward(reward, videos, prompts, ranks, device)
+    scored = clock(device)
     reports = ranks.exchange((problem, list(own), first_failure(reward, own)))
+    seconds = {"reward_seconds": scored - started, "wait_seconds": clock(device) - scored}
     _, names, _ = reports[0]
     causes = []
     for rank, (problem, others, first) in enumerate(reports):
@@ -244,7 +248,14 @@ def score(reward, videos, prompts, ranks, device):
             )
         if first:
             causes.append(f"rank {rank}, {first}")
-    return {name: own[name] for name in names}, causes
+    return {name: own[name] for name in names}, causes, seconds
+
+
+def clock(device):
+    """Seconds, when all that was asked of the device so far is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def first_failure(reward, scores):
@@ -283,7 +294,8 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     prompts: the G copies of a prompt stand next to each other in the order of all ranks together, so that a group may
     span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
     """
-    started, passes = time.perf_counter(), policy.passes
+    device = next(policy.module.parameters()).device
+    started, passes = clock(device), policy.passes
     copies = samples_per_condition(config)
     for first in range(0, len(prompts), copies):
         if len(set(prompts[first : first + copies])) > 1:
@@ -299,8 +311,11 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
 
     conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, copies, after_step)
     unconditional = None if unconditional[0] is None else torch.stack(unconditional, 1)
+    sampled = clock(device)
     videos = policy.decode(trajectory.states[:, -1])
-    own_scores, causes = score(reward, videos, prompts, ranks, trajectory.states.device)
+    decoded = clock(device)
+    own_scores, causes, seconds = score(reward, videos, prompts, ranks, device)
+    seconds |= {"rollout_seconds": sampled - started, "decode_seconds": decoded - sampled}
     scores = {name: ranks.gather(values) for name, values in own_scores.items()}  # [ranks·B]
     rewards = composite_reward(scores, config.reward_setting)
     advantages, valid, group_std = group_advantages(rewards, config.group_size, max_advantage=config.max_advantage)
@@ -314,12 +329,14 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
         print("\nthis iteration teaches nothing: in no group do two samples have different rewards", file=sys.stderr)
 
     metrics = {"reward_failed": failed, "group_std": group_std.mean().item()}
+    teaches = advantages.view(-1, config.group_size).any(1)
+    metrics["groups_without_spread"] = 1 - teaches.double().mean().item()
     for name, values in {"reward": rewards, **scores}.items():
         values = values[values.isfinite()]
         metrics[f"{name}_mean"] = values.mean().item()
         metrics[f"{name}_std"] = values.std(correction=0).item()
     metrics["rollout_passes"] = policy.passes - passes
-    metrics["rollout_seconds"] = time.perf_counter() - started
+    metrics |= seconds
     own = slice(ranks.rank * len(prompts), (ranks.rank + 1) * len(prompts))
     return Batch(sde, conditions, trajectory, unconditional, advantages[own], valid[own], steps_made, metrics)
 
@@ -347,7 +364,7 @@ def evaluate(
         noise = [generators[place] for place in chosen]
         _, trajectory = sample(policy, texts, latent_shape, sde, noise)
         videos = policy.decode(trajectory.states[:, -1])
-        part, _ = score(reward, videos, texts, ranks, device)
+        part, _, _ = score(reward, videos, texts, ranks, device)
         if parts and part.keys() != parts[0].keys():
             names = f"{', '.join(parts[0])} first, then {', '.join(part)}"
             raise RuntimeError(f"a reward must return the same names at every call (rewards.py): got {names}")
@@ -415,7 +432,8 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     steps, so a λ_KL for a literal Σ_t would be T times ours.
     anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
     """
-    started, passes = time.perf_counter(), policy.passes
+    device = batch.advantages.device
+    started, passes = clock(device), policy.passes
     per_step = micro_batches_per_step(len(batch.valid), int(batch.sde.stochastic.sum()), config)
     lambda_kl = kl_coefficient(
         config.kl_schedule, iteration, config.kl_lambda, config.kl_lambda_early, config.kl_switch
@@ -443,7 +461,7 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     metrics["lambda_kl"] = lambda_kl
     metrics["grad_norm"] = torch.stack(grad_norms).mean().item()
     metrics["update_passes"] = policy.passes - passes
-    metrics["update_seconds"] = time.perf_counter() - started
+    metrics["update_seconds"] = clock(device) - started
     return metrics, steps_made
 
 

@@ -422,6 +422,7 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
             print(f"rank {ranks.rank}, iteration {iteration + 1}: not scored: {cause}", file=sys.stderr)
         iteration += 1
         line = {"iteration": iteration, **batch.metrics, **metrics, "optimizer_steps_made": steps_made}
+        line |= peak_memory(device, ranks)
         if changes:  # settings that the run went on with; the first line that they made says so
             line["allowed"], changes = changes, {}
 
@@ -443,6 +444,15 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     return done
 
 
+def peak_memory(device, ranks):
+    """{peak_gpu_gib: the most that tensors took on a GPU since the last call, on the rank with most}; {} on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.tensor([torch.cuda.max_memory_allocated(device) / 2**30], device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_gpu_gib": ranks.gather(peak).max().item()}
+
+
 def show_step(bar, config, k):
     bar.set_postfix_str(f"rollout step {k + 1} of {config.num_steps}")
 
@@ -455,7 +465,7 @@ def show_iteration(run, config, bar, board, line):
     kl = line.get("kl_position", line["kl_velocity"])
     bar.set_postfix(reward=f"{line['reward_mean']:.3f}", kl=f"{kl:.1e}")
     if bar.disable:
-        seconds = line["rollout_seconds"] + line["update_seconds"]
+        seconds = sum(value for name, value in line.items() if name.endswith("_seconds"))
         numbers = f"reward {line['reward_mean']:.4f}, KL {kl:.1e}, gradient norm {line['grad_norm']:.3g}"
         evaluated = f", evaluated {line['eval_reward']:.4f}" if "eval_reward" in line else ""
         told = f"iteration {line['iteration']} of {bar.total}: {numbers}, {seconds:.1f} s{evaluated}"

@@ -1,6 +1,7 @@
 """The algorithm box on a third policy, a linear map: gradients by hand, the ratio, masks, the stops."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -396,6 +397,23 @@ def test_a_failed_sample_takes_no_part():
 def test_all_samples_failing_is_an_error():
     with pytest.raises(RuntimeError, match="at most a share of 0.2 of the samples .* got 1.000; first cause"):
         rolled_out(reward=failing(slice(None)))
+
+
+def test_seconds_go_to_the_part_that_took_them_and_equal_groups_are_counted():
+    def slow_and_equal_for_one_prompt(x, prompts):
+        time.sleep(0.2)
+        result = reward(x, prompts)
+        for name in result:
+            result[name][:4] = 0.5
+        return result
+
+    started = time.perf_counter()
+    metrics = rolled_out(reward=slow_and_equal_for_one_prompt)[1].metrics
+    passed = time.perf_counter() - started
+    assert metrics["groups_without_spread"] == 0.5 and rolled_out()[1].metrics["groups_without_spread"] == 0
+    others = [metrics[f"{name}_seconds"] for name in ("rollout", "decode", "wait")]
+    assert metrics["reward_seconds"] >= 0.2 and min(others) >= 0
+    assert metrics["reward_seconds"] + sum(others) <= passed  # no part is counted twice
 
 
 def test_an_evaluation_counts_what_it_could_not_score():

@@ -112,7 +112,7 @@ def test_a_rank_raises_for_what_another_one_did(other, cause):
 
 def test_the_cause_of_a_failed_sample_comes_with_its_rank():
     ranks = FirstOfTwo(("", ["MQ", "VQ"], "sample 0: the video is black"))
-    scores, causes = score(
+    scores, causes, _ = score(
         lambda videos, prompts: {"VQ": torch.zeros(1), "MQ": torch.ones(1)}, None, ["a"], ranks, "cpu"
     )
     assert causes == ["rank 1, sample 0: the video is black"] and list(scores) == ["VQ", "MQ"]
@@ -137,7 +137,7 @@ def test_the_names_of_a_reward_may_not_change_between_calls():
 
 def test_a_failed_sample_without_a_cause_is_named():
     answer = {"VQ": torch.zeros(2), "MQ": torch.tensor([0, math.nan])}
-    _, causes = score(lambda videos, prompts: answer, None, ["a", "b"], OneRank(), "cpu")
+    _, causes, _ = score(lambda videos, prompts: answer, None, ["a", "b"], OneRank(), "cpu")
     assert causes == ["rank 0, sample 1: MQ is NaN, and the reward keeps no list of failures"]
 
 
