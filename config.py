@@ -1,5 +1,4 @@
-"""The settings of a run, its presets, the command line, and the plan of a run: what it will do, in numbers, before it
-does.
+"""The settings of a run, its presets and the command line.
 
 Every setting is a field of Config with its line of --help and, in brackets, its source: [paper: …] is printed in the
 paper, [release: …] was read in the released code (post_train.py, hyvideo/utils/grpo_utils.py and run_post_train.sh of
@@ -22,12 +21,11 @@ import checkpoint
 from grpo import METHOD, OPTIMIZATION, GRPOConfig, micro_batches_per_step, option
 from prompts import BLOBS, STARTER_EVAL, STARTER_TRAIN, read_prompts, unprintable
 from sde import SDE, SDE_TYPES, sigma_schedule
-from trust_region import kl_weights
 
 TOY, TINY, MINI = "toy", "tiny", "mini"
 BUILT_IN = (TOY, TINY, MINI)  # their presets bring the model along, and with it what it can be asked for
 RUN, VIDEO, EVALUATION = "run", "video model", "evaluation"  # more groups of --help
-PLAN_BOUNDS = {"gpus": (1, 10**5), "gpu_memory_gb": (1, 10**4)}  # of a dry run
+PLAN_BOUNDS = {"gpus": (1, 10**5), "gpu_memory_gb": (1, 10**4), "gpu_tflops": (1e-3, 10**5)}  # of a dry run
 USAGE = (
     "train.py [--preset NAME] [--dry-run] [--option VALUE …]   or   "
     "train.py --resume RUN [--from CHECKPOINT] [--allow NAME,…] [--iterations N | --export DIR]"
@@ -398,6 +396,9 @@ def command_line():
     parser.add_argument(
         "--gpu_memory_gb", type=float, help="dry run: memory of one GPU in GiB; refuses what cannot fit"
     )
+    parser.add_argument(
+        "--gpu_tflops", type=float, help="dry run: TFLOP/s that a GPU really reaches, for the hours [default: 400]"
+    )
     groups = {name: parser.add_argument_group(name) for name in (METHOD, OPTIMIZATION, RUN, VIDEO, EVALUATION)}
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
@@ -448,11 +449,11 @@ def resolve(options):
 
 
 def check_plan(options):
-    """The two options that only a dry run reads."""
+    """The options that only a dry run reads."""
     for name, (low, high) in PLAN_BOUNDS.items():
         value = getattr(options, name)
         if value is not None and not options.dry_run:
-            raise ValueError("--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run")
+            raise ValueError(f"--{', --'.join(PLAN_BOUNDS)} plan a run that is not started: add --dry-run")
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} must lie in [{low:g}, {high:g}]: got {value}; name what one machine or GPU has")
 
@@ -590,75 +591,3 @@ def planned_ranks(config, options):
     if torch.cuda.device_count():
         return torch.cuda.device_count()
     return 8 if options.dry_run and config.model not in BUILT_IN else 1
-
-
-# ------------------------------------------------------------------------------------------------ the plan of a run
-def arithmetic(config, ranks):
-    """What a run of these settings does, in numbers, before anything is spent."""
-    trained, samples = config.trained_steps(), config.batch_size * ranks
-    per_step = micro_batches_per_step(config.batch_size, trained, config)
-    micro_batches = per_step * config.optimizer_steps
-    guided = config.model != TOY and config.guidance_scale != 1
-    passes = config.batch_size * (2 if guided else 1)
-    trained_passes = config.batch_size * (2 if guided and config.guidance_gradient == "both" else 1)
-    doubled = ", doubled by guidance" if guided else ""
-    prompts = samples // config.group_size
-    sizes = f"{config.batch_size} / {config.micro_batch} × {trained}"
-    in_all = config.optimizer_steps * config.iterations
-    lines = [
-        f"samples per iteration    {samples} = {prompts} prompts × {config.group_size}, on {ranks} rank(s)",
-        f"trained steps            {trained} of {config.num_steps}",
-        f"micro-batches            {micro_batches} = {sizes} per iteration and rank",
-        f"optimizer steps          {config.optimizer_steps} per iteration, of {per_step} micro-batches each;"
-        f" {in_all} in all, {config.optimizer}",
-        f"passes per rank          rollout {passes} × {config.num_steps}, update {trained_passes} × {trained} with"
-        f" gradient; counted per sample{doubled}",
-    ]
-    if trained_passes < passes and config.optimizer_steps > 1:
-        lines.append("                         from the second optimizer step on as many more without gradient")
-    w_pos, _ = kl_weights(config.kl_mode)
-    if w_pos:
-        lines.append(
-            f"reference passes         {passes} × {config.kl_steps or trained} without gradient, unless the anchor is"
-            " the rollout's policy"
-        )
-    if config.kl_mode in ("moving", "dual"):
-        often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one
-        lines.append(f"anchor refresh           every {config.anchor_every} optimizer steps = {often} iteration(s)")
-        if often == 1:  # Eq. 11 against the anchor is then Eq. 12
-            lines.append("                         so the anchor is always the rollout's policy: no position control;")
-            lines.append("                         raise anchor_every")
-    return "\n".join(lines)
-
-
-def print_memory(config, ranks, gpu_memory_gb):
-    """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
-    import hunyuan
-
-    tokens = hunyuan.token_count(config.frames, config.height, config.width)
-    eval_tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
-    parts = hunyuan.memory_estimate(
-        tokens, ranks, config.lora_rank, config.micro_batch, config.anchor_offload, muon=config.optimizer == "muon"
-    )
-    w_pos, _ = kl_weights(config.kl_mode)
-    if not w_pos:
-        parts["anchor"] = 0.0
-    parts["videoalign"] = 4 * 2.2e9 / 2**30  # Qwen2-VL-2B in float32
-    if not config.lora_rank and config.guidance_scale != 1 and config.guidance_gradient == "both":
-        # A weight's gradient is the sum of both branches'. Backward goes through one branch after the other, so
-        # the first one's bf16 gradients of all weights wait, before FSDP can shard them, on every GPU.
-        trained = hunyuan.prepare(hunyuan.meta_transformer()).num_parameters(only_trainable=True)
-        parts["waiting"] = 2 * trained / 2**30
-    total, parameters = sum(parts.values()), hunyuan.meta_transformer().num_parameters()
-    print(f"tokens per video         {tokens:,} in training, {eval_tokens:,} in evaluation")
-    print(f"parameters               {parameters:,}")
-    print(
-        "memory per GPU (GiB)     "
-        + " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
-        + f" = {total:.1f}"
-    )
-    if gpu_memory_gb and total > gpu_memory_gb:
-        raise SystemExit(
-            f"the estimate must fit the GPU: got {total:.1f} GiB for {gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "
-            "--anchor_offload, --micro_batch 1, or fewer frames and pixels"
-        )

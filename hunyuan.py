@@ -1,8 +1,9 @@
 """HunyuanVideo-1.5 as a policy. All that this code knows of the video model, its files, memory and traps is here.
 
 `load` returns a HunyuanPolicy, which has what grpo.py asks of a policy: module, latent_shape, encode, velocity, decode,
-passes. `shard` spreads it over GPUs. `export` writes what stock diffusers loads. The dry run uses `token_count`,
-`meta_transformer` and `memory_estimate`. A comment marks each place that differs from the stock pipeline.
+passes. `shard` spreads it over GPUs. `export` writes what stock diffusers loads. The dry run (plan.py) uses
+`token_count`, `pass_flops`, `meta_transformer` and `memory_estimate`. A comment marks each place that differs from the
+stock pipeline.
 """
 
 import gc
@@ -823,14 +824,34 @@ def token_count(frames, height, width):
     return math.prod(places)
 
 
+def pass_flops(tokens, text=0, config=None):
+    """FLOPs of one forward pass of one video: (linear maps on its tokens, attention).
+
+    2 for each weight and token; 4·n²·D for each block's attention over n = tokens + text. What acts on the text alone is
+    left out: about 1% for every hundred of its tokens.
+    """
+    transformer = meta_transformer(config)
+    acts_on_video = re.compile(r"x_embedder\.|proj_out\.|transformer_blocks\.\d+\.(attn\.to_|ff\.)")
+    acts_on_text = re.compile(r".*\.attn\.to_add_out\.")
+    weights = 0
+    for name, parameter in transformer.named_parameters():
+        if acts_on_video.match(name) and not acts_on_text.match(name) and parameter.ndim > 1:
+            weights += parameter.numel()
+    sizes = transformer.config
+    width = sizes.num_attention_heads * sizes.attention_head_dim  # D
+    return 2 * weights * tokens, 4 * (tokens + text) ** 2 * width * sizes.num_layers
+
+
 def meta_transformer(config=None):
     """The transformer without weights. Without a config: the released one, 54 blocks and 8,326,608,160 parameters."""
     with torch.device("meta"):
         return HunyuanVideo15Transformer3DModel.from_config(dict(config or {}))
 
 
-def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, muon=False, config=None):
-    """GiB on each GPU, by part, for bf16 compute with guidance. An estimate, not a measurement.
+def memory_estimate(
+    tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, muon=False, config=None, branches=2, checkpointing="full"
+):
+    """GiB on each GPU, by part, for bf16 compute. An estimate, not a measurement.
 
     With P parameters, of which T are trained, N GPUs, and n tokens of video and longest text:
     weights      full: 4·P/N.  LoRA over a bf16 base: (2·P + 4·T)/N
@@ -838,9 +859,10 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
     gradients    4·T/N
     optimizer    8·T/N, the two float32 moments of AdamW. Muon keeps one moment, 4 bytes, for the matrices that it takes
     anchor       4·T/N, or 0 when offloaded
-    activations  2·n·D bytes for each block's input, times 2 for guidance, times batch; and about 100·n·D for what one
-                 block holds while it runs backward: 56 were counted in its saved tensors on a CPU, the rest is for
-                 temporaries
+    activations  2·n·D bytes for each block's input, times the branches of guidance that are trained, times batch; and
+                 about 100·n·D for what one block holds while it runs backward: 56 were counted in its saved tensors on
+                 a CPU, the rest is for temporaries. Checkpointing "attention" stores 2·n·D more for each block, "none"
+                 those 56·n·D of every block
     vae          1.26·10⁹ parameters in float32, without its activations: it decodes while the transformer rests
     Not counted: reward models, text encoders (freed before training), fragmentation, CUDA itself (about 1 GiB).
     """
@@ -858,7 +880,8 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
     moments = 8 * trained
     if muon:
         moments -= 4 * muon_parameters(transformer, lora_rank)
-    block_inputs = 2 * 2 * n * width * sizes.num_layers * batch
+    stored = {"full": 2, "attention": 2 + 2, "none": 56}[checkpointing] * n * width  # bytes of a block and pass
+    stored_blocks = stored * branches * sizes.num_layers * batch
     running_block = 100 * n * width
     parts = {
         "weights": weights / gpus,
@@ -866,7 +889,7 @@ def memory_estimate(tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, 
         "gradients": 4 * trained / gpus,
         "optimizer": moments / gpus,
         "anchor": 0 if anchor_offload else 4 * trained / gpus,
-        "activations": block_inputs + running_block,
+        "activations": stored_blocks + running_block,
         "vae": 4 * 1.26e9,
     }
     return {name: size / 2**30 for name, size in parts.items()}

@@ -37,14 +37,13 @@ from config import (
     TINY,
     TOY,
     allowed_changes,
-    arithmetic,
     departures,
     parse,
     planned_ranks,
-    print_memory,
     prompt_digests,
 )
 from grpo import AllRanks, OneRank, collect, evaluate, update
+from plan import arithmetic, print_cost, print_memory
 from prompts import read_prompts
 from sde import SDE, sigma_schedule
 from toy import world
@@ -352,6 +351,7 @@ def print_plan(config, options):
     print(json.dumps(asdict(config), indent=1, ensure_ascii=False))
     print(arithmetic(config, ranks))
     if config.model not in BUILT_IN:
+        print_cost(config, ranks, options.gpu_tflops)
         print_memory(config, ranks, options.gpu_memory_gb)
 
 

@@ -105,7 +105,7 @@ def test_every_preset_can_run():
         (["--num_steps", "0"], "num_steps must lie in [1, 1000]: got 0"),
         (["--num_steps", "1"], "a rollout needs a stochastic step: got none of 1"),
         (["--group_size", "1"], "group_size must be at least 2, for samples to be compared with: got 1"),
-        (["--gpus", "8"], "--gpus and --gpu_memory_gb plan a run that is not started: add --dry-run"),
+        (["--gpus", "8"], "--gpus, --gpu_memory_gb, --gpu_tflops plan a run that is not started: add --dry-run"),
         (["--group_size", "6"], "group_size must divide batch_size × ranks: got 6 and 128 × 1"),
         (["--optimizer_steps", "2"], "optimizer_steps must divide the micro-batches of an iteration"),
         (["--optimizer", "adam"], "invalid choice: 'adam'"),

@@ -470,6 +470,10 @@ def test_memory_estimate_adds_up(make):
     assert memory_estimate(tokens, batch=2)["activations"] - memory_estimate(tokens)["activations"] == pytest.approx(
         stored
     )
+    one_branch = memory_estimate(tokens, branches=1)["activations"]
+    assert memory_estimate(tokens)["activations"] - one_branch == pytest.approx(stored / 2)
+    kept = memory_estimate(tokens, branches=1, checkpointing="attention")["activations"]
+    assert kept - one_branch == pytest.approx(stored / 2)  # an output of attention is as large as a block's input
     for lora_rank in (0, 4):  # what is trained is counted right
         policy, _, _ = make(lora_rank=lora_rank)
         trained = sum(p.numel() for p in trainable(policy).values())
