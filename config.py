@@ -33,7 +33,7 @@ USAGE = (
 # Settings that a resumed run may change freely: what is computed does not depend on them.
 FREE = (
     "name runs iterations checkpoint_every keep_checkpoints eval_every micro_batch anchor_offload prompt_cache"
-    " reward_timeout checkpointing attention"
+    " reward_timeout checkpointing attention replicate"
 ).split()
 PROMPT_FILES = ("prompts", "eval_prompts")  # compared by what they hold, not by their place
 
@@ -87,6 +87,14 @@ class Config(GRPOConfig):
         "kernel of the joint attention, with and without a gradient; auto: the first of these that runs",
         ("auto", "flash", "cudnn", "efficient", "math"),
         video=True,
+    )
+    replicate: int = option(
+        OPTIMIZATION,
+        1,
+        "groups of ranks that hold a whole model each, which FSDP shards within the group; with one group for each "
+        "machine only gradients go from machine to machine, at the price of memory",
+        video=True,
+        bounds=(1, 10**4),
     )
     anchor_offload: bool = option(
         OPTIMIZATION, False, "keep the moving anchor in host memory [release: on]", video=True
@@ -161,6 +169,11 @@ class Config(GRPOConfig):
             raise ValueError(
                 f"group_size must divide batch_size × ranks: got {self.group_size} and {self.batch_size} × {ranks}; "
                 f"use a batch_size that is a multiple of {self.group_size}, or other ranks"
+            )
+        if ranks % self.replicate:
+            raise ValueError(
+                f"replicate must divide the ranks, into groups of equal size: got {self.replicate} and {ranks}; "
+                "use the number of machines, or 1"
             )
         if self.model == TOY and ranks > 1:
             raise ValueError(f"the toy runs on one process: got {ranks} ranks; start it with python, not torchrun")

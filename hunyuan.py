@@ -764,7 +764,10 @@ def lora_targets(transformer):
 
 
 def shard(transformer, mesh, compute_dtype=torch.float32):
-    """Wrap it in FSDP2: every block gathers its own weights when it runs, and the root gathers all others."""
+    """Wrap it in FSDP2: every block gathers its own weights when it runs, and the root gathers all others.
+
+    A mesh of one dimension shards over all ranks; one of two replicates over the first and shards over the second.
+    """
     policy = MixedPrecisionPolicy()
     if compute_dtype == torch.bfloat16:
         # cast_forward_inputs would round the timestep and the rotary table to bf16: error 0.025 instead of 0.0066.

@@ -64,7 +64,7 @@ def print_memory(config, ranks, gpu_memory_gb):
     both = config.guidance_scale != 1 and config.guidance_gradient == "both"
     parts = hunyuan.memory_estimate(
         tokens,
-        ranks,
+        ranks // config.replicate,
         config.lora_rank,
         config.micro_batch,
         config.anchor_offload,

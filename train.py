@@ -101,7 +101,11 @@ def setup_ranks(config):
         join_ranks(backend, timedelta(seconds=config.reward_timeout + 1800))
     ranks = AllRanks()
     WATCH.start(ranks)
-    return ranks, device, dist.init_device_mesh(device.type, (ranks.world,))
+    if config.replicate == 1:
+        return ranks, device, dist.init_device_mesh(device.type, (ranks.world,))
+    # Neighbouring ranks shard, and torchrun's neighbours share a machine: weights are gathered within it.
+    groups = (config.replicate, ranks.world // config.replicate)
+    return ranks, device, dist.init_device_mesh(device.type, groups, mesh_dim_names=("replicate", "shard"))
 
 
 # ------------------------------------------------------------------------------------------------ randomness

@@ -126,6 +126,7 @@ def test_every_preset_can_run():
             ["--preset", "paper", "--dry-run", "--gpus", "3", "--batch_size", "2"],
             "group_size must divide batch_size × ranks",
         ),
+        (["--preset", "paper", "--dry-run", "--gpus", "16", "--replicate", "3"], "replicate must divide the ranks"),
         (["--preset", "paper", "--dry-run", "--frames", "80"], "frames must be 4k + 1"),
         (["--preset", "paper", "--dry-run", "--eval_width", "850"], "height and width must be multiples of 16"),
         (["--preset", "paper", "--dry-run", "--lora_rank", "-1"], "lora_rank must lie in [0, 4096]: got -1"),

@@ -85,6 +85,7 @@ def runs(tmp_path_factory):
         options(folder, "parts-2", 2, "--iterations", "2"),
         ["--resume", str(folder / "parts-2"), "--iterations", "3"],
     ]
+    plan += [options(folder, "replicated-2", 2, "--replicate", "2")]
     plan += [options(folder, "bf16-full", 2, *bf16), options(folder, "bf16-lora", 2, *LORA, *bf16)]
     arguments = ["muon-step", str(folder / "muon-step.pt")]
     arguments += ["/", "host-memory", *build_large_model(folder / "large"), str(folder)]
@@ -156,6 +157,13 @@ def test_two_ranks_equal_one(runs, kind):
         trained, reference = samples * 3 // 2, samples
     assert [line["update_passes"] for line in two[1:]] == [trained, trained + reference, trained]
     assert two[2]["kl_position"] != pytest.approx(two[2]["kl_velocity"], rel=1e-3)
+
+
+def test_two_ranks_that_hold_a_whole_model_each_equal_one(runs):
+    one, two = lines_of(runs / "full-1"), lines_of(runs / "replicated-2")
+    assert len(one) == len(two) == 4
+    for name in COMPARED:
+        assert deviation(one, two, name) < TOLERANCE["full"], name
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
