@@ -830,8 +830,8 @@ def token_count(frames, height, width):
 def pass_flops(tokens, text=0, config=None):
     """FLOPs of one forward pass of one video: (linear maps on its tokens, attention).
 
-    2 for each weight and token; 4·n²·D for each block's attention over n = tokens + text. What acts on the text alone is
-    left out: about 1% for every hundred of its tokens.
+    2 for each weight and token; 4·n²·D for each block's attention over n = tokens + text. What acts on the text alone
+    is left out: about 1% for every hundred of its tokens.
     """
     transformer = meta_transformer(config)
     acts_on_video = re.compile(r"x_embedder\.|proj_out\.|transformer_blocks\.\d+\.(attn\.to_|ff\.)")
@@ -852,7 +852,15 @@ def meta_transformer(config=None):
 
 
 def memory_estimate(
-    tokens, gpus=1, lora_rank=0, batch=1, anchor_offload=False, muon=False, config=None, branches=2, checkpointing="full"
+    tokens,
+    gpus=1,
+    lora_rank=0,
+    batch=1,
+    anchor_offload=False,
+    muon=False,
+    config=None,
+    branches=2,
+    checkpointing="full",
 ):
     """GiB on each GPU, by part, for bf16 compute. An estimate, not a measurement.
 

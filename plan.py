@@ -168,7 +168,8 @@ def print_cost(config, ranks, tflops):
     shown = " + ".join(f"{name} {value:.1f}" for name, value in equivalents.items())
     print(f"passes per video, step   {shown} = {sum(equivalents.values()):.1f} forward passes")
     a_pass, each = sum(hunyuan.pass_flops(tokens)), sum(iteration.values())
-    print(f"PFLOP per GPU            {a_pass / 1e15:.2f} a pass, {each / 1e15:.0f} an iteration, {run / 1e15:,.0f} a run")
+    in_all = f"{each / 1e15:.0f} an iteration, {run / 1e15:,.0f} a run"
+    print(f"PFLOP per GPU            {a_pass / 1e15:.2f} a pass, {in_all}")
     rate = (tflops or TFLOPS) * 1e12
     minutes, training = each / rate / 60, run / rate / 3600
     evaluating = evaluations / ranks / rate / 3600
@@ -178,7 +179,8 @@ def print_cost(config, ranks, tflops):
     )
     size = checkpoint_bytes(config) / 1e9
     count = config.keep_checkpoints + 1
-    print(f"disk                     {size:.0f} GB a checkpoint, {count} at most while one is written: {count * size:.0f}")
+    most = f"{count} at most while one is written: {count * size:.0f}"
+    print(f"disk                     {size:.0f} GB a checkpoint, {most}")
 
 
 def checkpoint_bytes(config):

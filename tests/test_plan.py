@@ -1,4 +1,4 @@
-"""The plan's FLOPs against those that PyTorch counts in the real class, and its passes against those of real updates."""
+"""The plan's FLOPs against those that PyTorch counts in the real class, its passes against those of a real update."""
 
 from types import SimpleNamespace
 
