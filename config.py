@@ -301,7 +301,7 @@ def check_folder_to_make(setting, folder):
 # The miniature knows one size, and is scored by the toy's rewards.
 MINI_UNREAD = ("frames", "height", "width", "eval_height", "eval_width", "videoalign", "videoalign_repo",
                "clip_score", "pick_score")  # fmt: skip
-# What a run of the miniature may change and still be compared with its reference. A LoRA learns more slowly.
+# What a run of the miniature may change and still be compared with its reference. A LoRA wants another learning rate.
 BAND_COVERS = {*FREE, "seed", "compute_dtype", "batch_size"} - {"iterations"}
 PAPER = dict(model="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v")  # all else: the defaults above
 PRESETS = {
