@@ -213,7 +213,7 @@ def sample(policy, prompts, latent_shape, sde, generators, copies=1, callback=No
     NaN, which would be decoded to black and be scored.
     """
     conditions = policy.encode(prompts)
-    device = next(policy.module.parameters()).device
+    device = device_of(policy)
     noise = randn((len(prompts), *latent_shape), generators).to(device)
     trajectory = rollout(partial(policy.velocity, cond=conditions[::copies]), noise, sde, generators, callback)
     if not trajectory.states[:, -1].isfinite().all():
@@ -249,6 +249,10 @@ def score(reward, videos, prompts, ranks, device):
         if first:
             causes.append(f"rank {rank}, {first}")
     return {name: own[name] for name in names}, causes, seconds
+
+
+def device_of(policy):
+    return next(policy.module.parameters()).device
 
 
 def clock(device):
@@ -294,7 +298,7 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     prompts: the G copies of a prompt stand next to each other in the order of all ranks together, so that a group may
     span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
     """
-    device = next(policy.module.parameters()).device
+    device = device_of(policy)
     started, passes = clock(device), policy.passes
     copies = samples_per_condition(config)
     for first in range(0, len(prompts), copies):
@@ -325,11 +329,11 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
             f"at most a share of {config.max_failed_rewards} of the samples may fail to be scored "
             f"(max_failed_rewards): got {failed:.3f}; first cause: {causes[0]}"
         )
-    if ranks.rank == 0 and not advantages.any():
+    teaches = advantages.view(-1, config.group_size).any(1)  # [groups]
+    if ranks.rank == 0 and not teaches.any():
         print("\nthis iteration teaches nothing: in no group do two samples have different rewards", file=sys.stderr)
 
     metrics = {"reward_failed": failed, "group_std": group_std.mean().item()}
-    teaches = advantages.view(-1, config.group_size).any(1)
     metrics["groups_without_spread"] = 1 - teaches.double().mean().item()
     for name, values in {"reward": rewards, **scores}.items():
         values = values[values.isfinite()]
@@ -357,7 +361,7 @@ def evaluate(
     first = ranks.rank * share
     places = [place % len(prompts) for place in range(first, first + share)]
     parts, kept = [], []
-    device = next(policy.module.parameters()).device
+    device = device_of(policy)
     for start in range(0, share, config.batch_size):
         chosen = places[start : start + config.batch_size]
         texts = [prompts[place] for place in chosen]

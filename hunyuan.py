@@ -827,22 +827,21 @@ def token_count(frames, height, width):
     return math.prod(places)
 
 
-def pass_flops(tokens, text=0, config=None):
-    """FLOPs of one forward pass of one video: (linear maps on its tokens, attention).
+def pass_flops(tokens, config=None):
+    """FLOPs of one forward pass of one video: (linear maps, attention).
 
-    2 for each weight and token; 4·n²·D for each block's attention over n = tokens + text. What acts on the text alone
-    is left out: about 1% for every hundred of its tokens.
+    2 for each weight and token; 4·n²·D for each block's attention over n tokens. The text is left out: about 1% for
+    every hundred of its tokens.
     """
     transformer = meta_transformer(config)
-    acts_on_video = re.compile(r"x_embedder\.|proj_out\.|transformer_blocks\.\d+\.(attn\.to_|ff\.)")
-    acts_on_text = re.compile(r".*\.attn\.to_add_out\.")
+    acts_on_video = re.compile(r"x_embedder\.|proj_out\.|transformer_blocks\.\d+\.(attn\.to_([qkv]|out)\.|ff\.)")
     weights = 0
     for name, parameter in transformer.named_parameters():
-        if acts_on_video.match(name) and not acts_on_text.match(name) and parameter.ndim > 1:
+        if acts_on_video.match(name) and parameter.ndim > 1:
             weights += parameter.numel()
     sizes = transformer.config
     width = sizes.num_attention_heads * sizes.attention_head_dim  # D
-    return 2 * weights * tokens, 4 * (tokens + text) ** 2 * width * sizes.num_layers
+    return 2 * weights * tokens, 4 * tokens**2 * width * sizes.num_layers
 
 
 def meta_transformer(config=None):

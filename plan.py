@@ -7,6 +7,7 @@
 All of it is computed from the settings and the sizes of the architecture; nothing is measured.
 """
 
+import dataclasses
 import math
 
 from config import TOY
@@ -17,15 +18,27 @@ from trust_region import kl_weights
 TFLOPS = 400.0  # of a GPU at work; an H100's bf16 matrices reach about twice that where nothing else is done
 
 
+def branches(config):
+    """(branches of guidance that a rollout has, those that are trained)."""
+    if config.model == TOY or config.guidance_scale == 1:
+        return 1, 1
+    return 2, 2 if config.guidance_gradient == "both" else 1
+
+
+def iterations_per_anchor(config):
+    """Iterations from one refresh of a moving anchor to the next: it moves between iterations, never within one."""
+    return math.ceil(config.anchor_every / config.optimizer_steps)
+
+
 def arithmetic(config, ranks):
     """What a run of these settings does, in numbers, before anything is spent."""
     trained, samples = config.trained_steps(), config.batch_size * ranks
     per_step = micro_batches_per_step(config.batch_size, trained, config)
     micro_batches = per_step * config.optimizer_steps
-    guided = config.model != TOY and config.guidance_scale != 1
-    passes = config.batch_size * (2 if guided else 1)
-    trained_passes = config.batch_size * (2 if guided and config.guidance_gradient == "both" else 1)
-    doubled = ", doubled by guidance" if guided else ""
+    sampled_branches, trained_branches = branches(config)
+    passes = config.batch_size * sampled_branches
+    trained_passes = config.batch_size * trained_branches
+    doubled = ", doubled by guidance" if sampled_branches == 2 else ""
     prompts = samples // config.group_size
     sizes = f"{config.batch_size} / {config.micro_batch} × {trained}"
     in_all = config.optimizer_steps * config.iterations
@@ -47,7 +60,7 @@ def arithmetic(config, ranks):
             " the rollout's policy"
         )
     if config.kl_mode in ("moving", "dual"):
-        often = math.ceil(config.anchor_every / config.optimizer_steps)  # it moves between iterations, never within one
+        often = iterations_per_anchor(config)
         lines.append(f"anchor refresh           every {config.anchor_every} optimizer steps = {often} iteration(s)")
         if often == 1:  # Eq. 11 against the anchor is then Eq. 12
             lines.append("                         so the anchor is always the rollout's policy: no position control;")
@@ -55,33 +68,42 @@ def arithmetic(config, ranks):
     return "\n".join(lines)
 
 
-def print_memory(config, ranks, gpu_memory_gb):
-    """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
+def memory(config, shards):
+    """hunyuan.memory_estimate for a Config whose model is shared by so many GPUs."""
     import hunyuan
 
-    tokens = hunyuan.token_count(config.frames, config.height, config.width)
-    eval_tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
-    both = config.guidance_scale != 1 and config.guidance_gradient == "both"
+    _, trained_branches = branches(config)
     parts = hunyuan.memory_estimate(
-        tokens,
-        ranks // config.replicate,
+        hunyuan.token_count(config.frames, config.height, config.width),
+        shards,
         config.lora_rank,
         config.micro_batch,
         config.anchor_offload,
         muon=config.optimizer == "muon",
-        branches=2 if both else 1,
+        branches=trained_branches,
         checkpointing=config.checkpointing,
     )
     w_pos, _ = kl_weights(config.kl_mode)
     if not w_pos:
         parts["anchor"] = 0.0
+    return parts
+
+
+def print_memory(config, ranks, gpu_memory_gb):
+    """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
+    import hunyuan
+
+    shards = ranks // config.replicate
+    parts = memory(config, shards)
     parts["videoalign"] = 4 * 2.2e9 / 2**30  # Qwen2-VL-2B in float32
-    if not config.lora_rank and both:
+    _, trained_branches = branches(config)
+    if not config.lora_rank and trained_branches == 2:
         # A weight's gradient is the sum of both branches'. Backward goes through one branch after the other, so
         # the first one's bf16 gradients of all weights wait, before FSDP can shard them, on every GPU.
-        trained = hunyuan.prepare(hunyuan.meta_transformer()).num_parameters(only_trainable=True)
-        parts["waiting"] = 2 * trained / 2**30
+        parts["waiting"] = parts["gradients"] * shards / 2
     total, parameters = sum(parts.values()), hunyuan.meta_transformer().num_parameters()
+    tokens = hunyuan.token_count(config.frames, config.height, config.width)
+    eval_tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
     print(f"tokens per video         {tokens:,} in training, {eval_tokens:,} in evaluation")
     print(f"parameters               {parameters:,}")
     print(
@@ -103,22 +125,20 @@ def passes(config):
     A pass with gradient costs: the forward; what checkpointing computes again; backward, which is 2 forwards of a
     linear map (1 in a LoRA, whose base has no gradient of its own) and 2.5 of attention.
     """
-    guided = config.guidance_scale != 1
-    branches = 2 if guided else 1
+    sampled_branches, trained_branches = branches(config)
     trained_share = config.trained_steps() / config.num_steps
-    one_branch = guided and config.guidance_gradient == "conditional"
     linear, attention = 1 + (1 if config.lora_rank else 2), 1 + 2.5
     if config.checkpointing != "none":
         linear += 1
     if config.checkpointing == "full":
         attention += 1
-    with_gradient = trained_share * (1 if one_branch else branches)
+    with_gradient = trained_share * trained_branches
     parts = {
-        "rollout": (branches, branches),
-        "reference": (reference_share(config) * branches,) * 2,
+        "rollout": (sampled_branches, sampled_branches),
+        "reference": (reference_share(config) * sampled_branches,) * 2,
         "update": (with_gradient * linear, with_gradient * attention),
     }
-    if one_branch:  # the stored branch serves until the first optimizer step
+    if trained_branches < sampled_branches:  # the stored branch serves until the first optimizer step
         later = trained_share * (1 - 1 / config.optimizer_steps)
         parts["update"] = tuple(part + later for part in parts["update"])
     return parts
@@ -132,8 +152,7 @@ def reference_share(config):
     share = (config.kl_steps or config.trained_steps()) / config.num_steps
     if config.kl_mode == "fixed":  # it is the rollout's policy once, at the start
         return share
-    iterations = math.ceil(config.anchor_every / config.optimizer_steps)
-    return share * (1 - 1 / iterations)
+    return share * (1 - 1 / iterations_per_anchor(config))
 
 
 def forward_equivalents(config, linear, attention):
@@ -142,37 +161,39 @@ def forward_equivalents(config, linear, attention):
     return {name: (a * linear + b * attention) / whole for name, (a, b) in passes(config).items()}
 
 
-def cost(config):
-    """FLOPs on each GPU: ({purpose: of an iteration}, of the iterations of a run, of its evaluations on all GPUs)."""
-    import hunyuan
-
-    tokens = hunyuan.token_count(config.frames, config.height, config.width)
-    linear, attention = hunyuan.pass_flops(tokens)
+def cost(config, linear, attention):
+    """({purpose: FLOPs of an iteration on each GPU}, FLOPs of all iterations), for a forward pass of these FLOPs."""
     videos_and_steps = config.batch_size * config.num_steps
     iteration = {name: videos_and_steps * (a * linear + b * attention) for name, (a, b) in passes(config).items()}
-    eval_tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
-    branches = 2 if config.guidance_scale != 1 else 1
+    return iteration, config.iterations * sum(iteration.values())
+
+
+def evaluation_cost(config):
+    """FLOPs of a run's evaluations, of all GPUs together."""
+    import hunyuan
+
+    tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
     evaluations = 1 + math.ceil(config.iterations / config.eval_every)  # the first before training
     samples = len(read_prompts(config.eval_prompts)) * config.eval_noises
-    evaluation = samples * config.eval_steps * branches * sum(hunyuan.pass_flops(eval_tokens))
-    return iteration, config.iterations * sum(iteration.values()), evaluations * evaluation
+    sampled_branches, _ = branches(config)
+    return evaluations * samples * config.eval_steps * sampled_branches * sum(hunyuan.pass_flops(tokens))
 
 
 def print_cost(config, ranks, tflops):
     """FLOPs, hours and disk. The VAE, the reward model, text tokens, messages between GPUs and waiting are left out."""
     import hunyuan
 
-    iteration, run, evaluations = cost(config)
-    tokens = hunyuan.token_count(config.frames, config.height, config.width)
-    equivalents = forward_equivalents(config, *hunyuan.pass_flops(tokens))
+    forward = hunyuan.pass_flops(hunyuan.token_count(config.frames, config.height, config.width))
+    iteration, run = cost(config, *forward)
+    equivalents = forward_equivalents(config, *forward)
     shown = " + ".join(f"{name} {value:.1f}" for name, value in equivalents.items())
     print(f"passes per video, step   {shown} = {sum(equivalents.values()):.1f} forward passes")
-    a_pass, each = sum(hunyuan.pass_flops(tokens)), sum(iteration.values())
+    each = sum(iteration.values())
     in_all = f"{each / 1e15:.0f} an iteration, {run / 1e15:,.0f} a run"
-    print(f"PFLOP per GPU            {a_pass / 1e15:.2f} a pass, {in_all}")
+    print(f"PFLOP per GPU            {sum(forward) / 1e15:.2f} a pass, {in_all}")
     rate = (tflops or TFLOPS) * 1e12
     minutes, training = each / rate / 60, run / rate / 3600
-    evaluating = evaluations / ranks / rate / 3600
+    evaluating = evaluation_cost(config) / ranks / rate / 3600
     print(
         f"time at {rate / 1e12:g} TFLOP/s      {minutes:.1f} minutes an iteration, {training:.1f} hours for all"
         f" {config.iterations}, {evaluating:.1f} more for evaluations; VAE, rewards and messages not counted"
@@ -184,15 +205,6 @@ def print_cost(config, ranks, tflops):
 
 
 def checkpoint_bytes(config):
-    """Trained weights, the optimizer's moments and the anchor, in float32; see hunyuan.memory_estimate."""
-    import hunyuan
-
-    transformer = hunyuan.prepare(hunyuan.meta_transformer())
-    trained = transformer.num_parameters(only_trainable=True)
-    if config.lora_rank:
-        trained = hunyuan.lora_parameters(transformer, config.lora_rank)
-    moments = 2 * trained
-    if config.optimizer == "muon":
-        moments -= hunyuan.muon_parameters(transformer, config.lora_rank)
-    w_pos, _ = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
-    return 4 * (trained + moments + (trained if w_pos else 0))
+    """Trained weights, which are as large as their gradients, the optimizer's moments and the anchor."""
+    parts = memory(dataclasses.replace(config, anchor_offload=False), shards=1)
+    return 2**30 * (parts["gradients"] + parts["optimizer"] + parts["anchor"])

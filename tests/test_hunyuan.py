@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from flops import FORMULAS
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -267,21 +268,11 @@ def test_checkpointing_leaves_gradients_bit_identical(make, lora_rank):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_selective_checkpointing_saves_the_attention_alone(make, lora_rank):
     """At an attention-heavy size: the same gradients, and fewer FLOPs than full checkpointing by the attention's."""
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-    def forward_flops(q, k, *rest, **options):
-        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]  # Q·Kᵀ and the sum over V
-
-    def backward_flops(grad, q, k, *rest, **options):
-        return 10 * q[0] * q[1] * q[2] * k[2] * q[3]  # five products of that size: one is the scores', again
-
-    formulas = {cpu_attention: forward_flops, backward: backward_flops}
     x, flops, found = noise(1, 32, 2, 14, 14), {}, {}
     for kind in ("full", "attention", "none"):
         policy, cond, _ = make(lora_rank=lora_rank, guidance_scale=1.0, checkpointing=kind)
         randomise(trainable(policy).values())
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             policy.velocity(x, SIGMA[:1], cond[1:]).square().sum().backward()
         flops[kind] = counter.get_total_flops()
         found[kind] = {name: parameter.grad for name, parameter in trainable(policy).items()}

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flops import FORMULAS
 from torch.utils.flop_counter import FlopCounterMode
 
 import hunyuan
@@ -12,20 +13,7 @@ import train
 from config import parse
 from tiny.hunyuan import GLYPH_DIM, TEXT_DIM, tiny_transformer
 
-FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 TEXT = 3  # tokens of the prompt
-
-
-def product(q, k):
-    return q[0] * q[1] * q[2] * k[2] * q[3]
-
-
-# PyTorch has no formula for the CPU's attention: two products of this size forward, five backward.
-FORMULAS = {
-    FORWARD: lambda q, k, *rest, **options: 4 * product(q, k),
-    BACKWARD: lambda gradient, q, k, *rest, **options: 10 * product(q, k),
-}
 
 
 def deep_transformer(lora_rank=0, checkpointing="none"):
@@ -52,8 +40,12 @@ def test_a_pass_has_the_flops_that_pytorch_counts(one_thread):
     """In the difference of two sizes what acts on the text alone drops out, and the rest is equal to the last one."""
     transformer = deep_transformer()
     small, large = counted(transformer, 6), counted(transformer, 10)
-    sizes = {**transformer.config}
-    planned = [hunyuan.pass_flops(2 * side * side, TEXT, sizes) for side in (6, 10)]
+    planned = []
+    for side in (6, 10):
+        tokens = 2 * side * side
+        linear, _ = hunyuan.pass_flops(tokens, transformer.config)
+        _, attention = hunyuan.pass_flops(tokens + TEXT, transformer.config)
+        planned.append((linear, attention))
     # The text's own refiner attends, too: at both sizes to the same tokens.
     for kind in (0, 1):
         assert large[kind] - small[kind] == planned[1][kind] - planned[0][kind]
@@ -78,10 +70,12 @@ def test_an_update_has_the_passes_that_are_planned(checkpointing, lora_rank, one
         assert whole[kind] / forward[kind] == pytest.approx(planned[kind], rel=0.06)
 
 
+FORWARD_PASS = hunyuan.pass_flops(18_018)  # of the paper preset's videos
+
+
 def equivalents(*options):
     config, _ = parse(["--preset", "paper", "--dry-run", *options])
-    flops = hunyuan.pass_flops(hunyuan.token_count(config.frames, config.height, config.width))
-    return plan.forward_equivalents(config, *flops)
+    return plan.forward_equivalents(config, *FORWARD_PASS)
 
 
 def test_what_each_option_saves():
@@ -103,7 +97,8 @@ def test_what_each_option_saves():
 def test_a_dry_run_states_flops_hours_and_disk(capsys):
     train.main(["--preset", "paper", "--dry-run", "--gpus", "8", "--gpu_tflops", "200", "--iterations", "10"])
     shown = capsys.readouterr().out
-    iteration, run, _ = plan.cost(parse(["--preset", "paper", "--dry-run", "--iterations", "10"])[0])
+    config, _ = parse(["--preset", "paper", "--dry-run", "--iterations", "10"])
+    iteration, run = plan.cost(config, *FORWARD_PASS)
     assert run == pytest.approx(10 * sum(iteration.values()))
     hours = run / 200e12 / 3600
     assert f"{hours:.1f} hours for all 10" in shown and "132 GB a checkpoint, 3 at most" in shown
