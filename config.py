@@ -33,7 +33,7 @@ USAGE = (
 # Settings that a resumed run may change freely: what is computed does not depend on them.
 FREE = (
     "name runs iterations checkpoint_every keep_checkpoints eval_every micro_batch anchor_offload prompt_cache"
-    " reward_timeout checkpointing attention replicate"
+    " reward_timeout checkpointing attention replicate context_parallel"
 ).split()
 PROMPT_FILES = ("prompts", "eval_prompts")  # compared by what they hold, not by their place
 
@@ -95,6 +95,13 @@ class Config(GRPOConfig):
         "machine only gradients go from machine to machine, at the price of memory",
         video=True,
         bounds=(1, 10**4),
+    )
+    context_parallel: int = option(
+        OPTIMIZATION,
+        1,
+        "ranks that share the tokens of one video, for sizes that do not fit, or take too long, on one GPU",
+        video=True,
+        bounds=(1, 64),
     )
     anchor_offload: bool = option(
         OPTIMIZATION, False, "keep the moving anchor in host memory [release: on]", video=True
@@ -165,15 +172,24 @@ class Config(GRPOConfig):
     def check(self, ranks):
         """Raise on the first setting that cannot work on this number of ranks, before anything is loaded."""
         self.check_values()
-        if self.batch_size * ranks % self.group_size:
-            raise ValueError(
-                f"group_size must divide batch_size × ranks: got {self.group_size} and {self.batch_size} × {ranks}; "
-                f"use a batch_size that is a multiple of {self.group_size}, or other ranks"
-            )
         if ranks % self.replicate:
             raise ValueError(
                 f"replicate must divide the ranks, into groups of equal size: got {self.replicate} and {ranks}; "
                 "use the number of machines, or 1"
+            )
+        if ranks // self.replicate % self.context_parallel:
+            raise ValueError(
+                "context_parallel must divide the ranks, or those of each of the replicate groups: got "
+                f"{self.context_parallel} and {ranks // self.replicate}; use a divisor, or other ranks"
+            )
+        makers = ranks // self.context_parallel  # of videos of their own
+        if self.batch_size * makers % self.group_size:
+            rule = "group_size must divide batch_size × ranks"
+            if self.context_parallel > 1:
+                rule += " / context_parallel"
+            raise ValueError(
+                f"{rule}: got {self.group_size} and {self.batch_size} × {makers}; use a batch_size that is a multiple "
+                f"of {self.group_size}, or other ranks"
             )
         if self.model == TOY and ranks > 1:
             raise ValueError(f"the toy runs on one process: got {ranks} ranks; start it with python, not torchrun")
@@ -219,8 +235,8 @@ class Config(GRPOConfig):
         """Raise on sizes, prompts and model files that cannot work. The files of a hub id cannot be seen from here."""
         import hunyuan
 
-        hunyuan.latent_shape(self.frames, self.height, self.width)
-        hunyuan.latent_shape(self.frames, self.eval_height, self.eval_width)
+        for size in ((self.height, self.width), (self.eval_height, self.eval_width)):
+            hunyuan.check_context(self.frames, *size, self.context_parallel)
         prompts = read_prompts(self.prompts) + read_prompts(self.eval_prompts)
         if self.model == TINY:
             from tiny.hunyuan import tiny_tokenizer
@@ -483,6 +499,7 @@ def check_export(config, options):
     is_first = int(os.environ.get("RANK", 0)) == 0  # which may have begun to write before a slower rank comes here
     if is_first and os.path.isdir(options.export) and os.listdir(options.export):
         raise ValueError(f"export must be a folder that is new or empty: {options.export} holds files; name another")
+    config.replicate = config.context_parallel = 1  # so that any number of ranks will do
     config.check_values()
     if config.model not in BUILT_IN:
         import hunyuan
@@ -563,7 +580,7 @@ def preset_config(preset, given, options):
         raise ValueError(f"the {preset} preset does not read {', '.join(foreign)}; use --preset paper, or leave it out")
     config = Config(**PRESETS[preset] | given)
     if preset == MINI:
-        share_batch(config, given, planned_ranks(config, options))
+        share_batch(config, given, max(1, planned_ranks(config, options) // config.context_parallel))
     return config
 
 

@@ -154,31 +154,41 @@ class OneRank:
     """`ranks` of a run on one process."""
 
     rank, world = 0, 1
+    process, processes = 0, 1
+    context = None
 
     def gather(self, tensor):
         """The values of all ranks, concatenated in their order: on one process the tensor itself."""
         return tensor
 
     def exchange(self, value):
-        """A list of the values of all ranks; a value is any small object."""
+        """A list of the values of all processes; a value is any small object."""
         return [value]
 
 
 class AllRanks:
-    """`ranks` of a run under torch.distributed."""
+    """`ranks` of a run under torch.distributed.
 
-    def __init__(self):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+    rank, world          what samples are shared out by. Processes that share the tokens of their samples are one rank
+    process, processes   torchrun's rank and world size. The first process writes and prints
+    context              the process group that shares the tokens of its samples (parallel.py); None: each has its own
+    """
+
+    def __init__(self, context=None):
+        self.process, self.processes = dist.get_rank(), dist.get_world_size()
+        self.context = context
+        self.sharers = 1 if context is None else context.size()
+        self.rank, self.world = self.process // self.sharers, self.processes // self.sharers
 
     def gather(self, tensor):
-        """The values of all ranks, concatenated in their order."""
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        """The values of all ranks, concatenated in their order; of processes that share samples the first one's."""
+        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
         dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        return torch.cat(parts[:: self.sharers])
 
     def exchange(self, value):
-        """A list of the values of all ranks; a value is any small object. It goes over the CPU."""
-        values = [None] * self.world
+        """A list of the values of all processes; a value is any small object. It goes over the CPU."""
+        values = [None] * self.processes
         dist.all_gather_object(values, value)
         return values
 
@@ -287,7 +297,7 @@ def call_reward(reward, videos, prompts, ranks, device):
         raise
     except BaseException as error:  # whatever the user's code raises, sys.exit() too: all ranks must hear of it
         cause = f"it raised {type(error).__name__}: {error}"
-        print(f"\nrank {ranks.rank}: the reward must score videos: {cause}", file=sys.stderr)
+        print(f"\nrank {ranks.process}: the reward must score videos: {cause}", file=sys.stderr)
         traceback.print_exc()
         return {}, cause
 
@@ -330,7 +340,7 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
             f"(max_failed_rewards): got {failed:.3f}; first cause: {causes[0]}"
         )
     teaches = advantages.view(-1, config.group_size).any(1)  # [groups]
-    if ranks.rank == 0 and not teaches.any():
+    if ranks.process == 0 and not teaches.any():
         print("\nthis iteration teaches nothing: in no group do two samples have different rewards", file=sys.stderr)
 
     metrics = {"reward_failed": failed, "group_std": group_std.mean().item()}
@@ -566,7 +576,7 @@ def first_ratio_error(logs, clip_range, ranks):
     """The largest |ρ − 1| of all ranks before the first optimizer step. Above the clip range it clips: a warning."""
     ratio = ranks.gather(torch.cat([log["ratio"] for log in logs]))
     error = (ratio - 1).abs().max().item()
-    if error > clip_range and ranks.rank == 0:
+    if error > clip_range and ranks.process == 0:
         print(
             f"\nbefore the first optimizer step the ratio was off by {error:.2e}, more than the clip range of "
             f"{clip_range:.0e}, so some samples were clipped for nothing. {RATIO_CAUSES}",

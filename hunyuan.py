@@ -9,6 +9,7 @@ stock pipeline.
 import gc
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
+import parallel
 from videoalign import exact_float32, read_json
 
 # The networks of a model, each with the name of its file of weights.
@@ -226,10 +228,12 @@ class UnmaskedAttention:
 
     kernels: those of KERNELS that PyTorch may take. `load` gives one, so that rollout and update, without and with a
     gradient, round alike.
+    context: the process group that shares the video's tokens, or None: see parallel.py. S is then its share of them.
     """
 
-    def __init__(self, kernels=tuple(KERNELS)):
+    def __init__(self, kernels=tuple(KERNELS), context=None):
         self.kernels = [KERNELS[name] for name in kernels]
+        self.context = context
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         def heads(project, states):  # [B, S, ·] -> [B, S, heads, D]
@@ -243,14 +247,19 @@ class UnmaskedAttention:
         video_k = apply_rotary_emb(video_k, image_rotary_emb, sequence_dim=1)
         text_q = attn.norm_added_q(heads(attn.add_q_proj, text))  # text gets no rotary embedding of its position
         text_k = attn.norm_added_k(heads(attn.add_k_proj, text))
-        q = torch.cat([video_q, text_q], 1)
-        k = torch.cat([video_k, text_k], 1)
-        v = torch.cat([heads(attn.to_v, video), heads(attn.add_v_proj, text)], 1)
+        video_qkv = video_q, video_k, heads(attn.to_v, video)
+        text_qkv = text_q, text_k, heads(attn.add_v_proj, text)
+        if self.context is not None:
+            video_qkv = [parallel.heads_of_all_tokens(part, self.context) for part in video_qkv]
+            text_qkv = [parallel.own_heads(part, self.context) for part in text_qkv]
+        joint = [torch.cat(parts, 1).transpose(1, 2) for parts in zip(video_qkv, text_qkv, strict=True)]
         with sdpa_kernel(self.kernels):
-            attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        joined = attended.transpose(1, 2).flatten(2)  # [B, S, heads·D]
-        video_out, text_out = joined.split([video.shape[1], text.shape[1]], 1)
-        return attn.to_out[0](video_out), attn.to_add_out(text_out)
+            attended = F.scaled_dot_product_attention(*joint).transpose(1, 2)  # [B, S + L, heads, D]
+        video_out, text_out = attended.split([attended.shape[1] - text.shape[1], text.shape[1]], 1)
+        if self.context is not None:
+            video_out = parallel.tokens_of_all_heads(video_out, self.context)
+            text_out = parallel.all_heads(text_out, self.context)
+        return attn.to_out[0](video_out.flatten(2)), attn.to_add_out(text_out.flatten(2))
 
 
 def attention_kernel(wanted, device, dtype, head_dim):
@@ -555,6 +564,7 @@ def load(
     guidance_gradient="both",
     checkpointing="full",
     attention="auto",
+    context=None,
 ):
     """A HunyuanPolicy from a hub id or a local folder in the layout of HunyuanVideo15Pipeline.
 
@@ -566,6 +576,7 @@ def load(
     guidance_gradient   see HunyuanPolicy.velocity
     checkpointing       see checkpoint_blocks
     attention           auto or one of KERNELS
+    context     the process group that shares each video's tokens, or None: see parallel.py
     """
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16: got {compute_dtype}")
@@ -573,6 +584,8 @@ def load(
     exact_float32()
     settings = load_component(HunyuanVideo15Transformer3DModel, model, "transformer", method="load_config")
     kernel = attention_kernel(attention, device, compute_dtype, settings["attention_head_dim"])
+    if context is not None:
+        parallel.check_heads(settings["num_attention_heads"], context.size())
     weight_dtype = compute_dtype if lora_rank else torch.float32
     if mesh is None:
         transformer = load_network(model, "transformer", weight_dtype)
@@ -581,7 +594,7 @@ def load(
         transformer = meta_transformer(settings)
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(weight_dtype)
-        shard(prepare(transformer, lora_rank, checkpointing, [kernel]), mesh, compute_dtype)
+        shard(prepare(transformer, lora_rank, checkpointing, [kernel], context), mesh, compute_dtype)
         transformer.to_empty(device=device)
         hand_out(transformer, model)
     draw_adapter(transformer, seed)
@@ -696,12 +709,14 @@ def load_component(cls, model, name, method="from_pretrained", **options):
         raise OSError(f"cannot load {name} of {str(model)!r}: {error or type(error).__name__}; {where}") from error
 
 
-def prepare(transformer, lora_rank=0, checkpointing="full", kernels=tuple(KERNELS)):
+def prepare(transformer, lora_rank=0, checkpointing="full", kernels=tuple(KERNELS), context=None):
     """Make a stock transformer trainable: our attention, checkpointing, dead parts frozen, LoRA (see draw_adapter)."""
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be 0 (full fine-tuning) or positive: got {lora_rank}")
     for block in transformer.transformer_blocks:
-        block.attn.set_processor(UnmaskedAttention(kernels))
+        block.attn.set_processor(UnmaskedAttention(kernels, context))
+    if context is not None:
+        parallel.split_tokens(transformer, context)
     checkpoint_blocks(transformer, checkpointing)
     transformer.requires_grad_(lora_rank == 0)
     for name in dead_parts(transformer):
@@ -825,6 +840,25 @@ def token_count(frames, height, width):
     """Video tokens in the transformer, one for each place of the latent: 33,390 for 81 × 480 × 848."""
     _, *places = latent_shape(frames, height, width)
     return math.prod(places)
+
+
+def check_context(frames, height, width, parts):
+    """Raise unless so many ranks can share the tokens of a video of this size evenly; the error names the nearest."""
+    tokens = token_count(frames, height, width)
+    if tokens % parts == 0:
+        return
+    around = [SPACE * step for step in range(-8, 9)]
+    nearest = None
+    for up, wide in sorted(itertools.product(around, around), key=lambda change: abs(change[0]) + abs(change[1])):
+        size = height + up, width + wide
+        if min(size) >= SPACE and token_count(frames, *size) % parts == 0:
+            nearest = f"{size[0]} × {size[1]}"
+            break
+    mend = f"use {nearest}" if nearest else f"use a context_parallel that divides {tokens:,}"
+    raise ValueError(
+        f"context_parallel must divide the tokens of a video: got {parts} and {tokens:,} for {frames} frames of "
+        f"{height} × {width}; {mend}"
+    )
 
 
 def pass_flops(tokens, config=None):

@@ -31,8 +31,8 @@ def iterations_per_anchor(config):
 
 
 def arithmetic(config, ranks):
-    """What a run of these settings does, in numbers, before anything is spent."""
-    trained, samples = config.trained_steps(), config.batch_size * ranks
+    """What a run of these settings does on so many processes, in numbers, before anything is spent."""
+    trained, samples = config.trained_steps(), config.batch_size * (ranks // config.context_parallel)
     per_step = micro_batches_per_step(config.batch_size, trained, config)
     micro_batches = per_step * config.optimizer_steps
     sampled_branches, trained_branches = branches(config)
@@ -40,10 +40,11 @@ def arithmetic(config, ranks):
     trained_passes = config.batch_size * trained_branches
     doubled = ", doubled by guidance" if sampled_branches == 2 else ""
     prompts = samples // config.group_size
+    shared = f", {config.context_parallel} to a video" if config.context_parallel > 1 else ""
     sizes = f"{config.batch_size} / {config.micro_batch} × {trained}"
     in_all = config.optimizer_steps * config.iterations
     lines = [
-        f"samples per iteration    {samples} = {prompts} prompts × {config.group_size}, on {ranks} rank(s)",
+        f"samples per iteration    {samples} = {prompts} prompts × {config.group_size}, on {ranks} rank(s){shared}",
         f"trained steps            {trained} of {config.num_steps}",
         f"micro-batches            {micro_batches} = {sizes} per iteration and rank",
         f"optimizer steps          {config.optimizer_steps} per iteration, of {per_step} micro-batches each;"
@@ -74,7 +75,7 @@ def memory(config, shards):
 
     _, trained_branches = branches(config)
     parts = hunyuan.memory_estimate(
-        hunyuan.token_count(config.frames, config.height, config.width),
+        hunyuan.token_count(config.frames, config.height, config.width) // config.context_parallel,
         shards,
         config.lora_rank,
         config.micro_batch,
@@ -163,7 +164,7 @@ def forward_equivalents(config, linear, attention):
 
 def cost(config, linear, attention):
     """({purpose: FLOPs of an iteration on each GPU}, FLOPs of all iterations), for a forward pass of these FLOPs."""
-    videos_and_steps = config.batch_size * config.num_steps
+    videos_and_steps = config.batch_size * config.num_steps / config.context_parallel
     iteration = {name: videos_and_steps * (a * linear + b * attention) for name, (a, b) in passes(config).items()}
     return iteration, config.iterations * sum(iteration.values())
 

@@ -43,6 +43,7 @@ from config import (
     prompt_digests,
 )
 from grpo import AllRanks, OneRank, collect, evaluate, update
+from parallel import context_group, device_mesh
 from plan import arithmetic, print_cost, print_memory
 from prompts import read_prompts
 from sde import SDE, sigma_schedule
@@ -96,16 +97,13 @@ def setup_ranks(config):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         WATCH.start(OneRank())
         return OneRank(), device, None
+    timeout = timedelta(seconds=config.reward_timeout + 1800)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        join_ranks(backend, timedelta(seconds=config.reward_timeout + 1800))
-    ranks = AllRanks()
+        join_ranks(backend, timeout)
+    ranks = AllRanks(context_group(config.context_parallel, timeout))
     WATCH.start(ranks)
-    if config.replicate == 1:
-        return ranks, device, dist.init_device_mesh(device.type, (ranks.world,))
-    # Neighbouring ranks shard, and torchrun's neighbours share a machine: weights are gathered within it.
-    groups = (config.replicate, ranks.world // config.replicate)
-    return ranks, device, dist.init_device_mesh(device.type, groups, mesh_dim_names=("replicate", "shard"))
+    return ranks, device, device_mesh(device.type, config.replicate)
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -149,7 +147,7 @@ def own_prompts(prompts, config, iteration, ranks):
 
 
 # ------------------------------------------------------------------------------------------------ what a run is made of
-def load_hunyuan(config, run, device, mesh):
+def load_hunyuan(config, run, device, mesh, context):
     import hunyuan
 
     model = run / config.model / "model" if config.model in BUILT_IN else config.model
@@ -167,6 +165,7 @@ def load_hunyuan(config, run, device, mesh):
         guidance_gradient=config.guidance_gradient,
         checkpointing=config.checkpointing,
         attention=config.attention,
+        context=context,
     )
 
 
@@ -180,8 +179,8 @@ def build(config, run, ranks, device, mesh):
     if config.model in BUILT_IN:
         write_small_models(config.model, run / config.model, ranks, device)
     reward, eval_reward = build_reward(config, run, device)
-    policy = load_hunyuan(config, run, device, mesh)
-    if ranks.rank == 0:  # now, so that the text encoders come and go once; the other ranks find the prompts encoded
+    policy = load_hunyuan(config, run, device, mesh, ranks.context)
+    if ranks.process == 0:  # now, so that the text encoders come and go once; the other ranks find the prompts encoded
         policy.encode(prompts + eval_prompts)
     wait_for_all(ranks, device)
     policy.encode(prompts + eval_prompts)
@@ -198,7 +197,7 @@ def write_small_models(model, folder, ranks, device):
     from tiny.miniature import build_miniature
     from tiny.videoalign import build_tiny_template, build_tiny_videoalign
 
-    if ranks.rank == 0 and not (folder / "complete").exists():
+    if ranks.process == 0 and not (folder / "complete").exists():
         if model == MINI:
             build_miniature(folder / "model")
         else:
@@ -295,7 +294,7 @@ def run_evaluation(policy, reward, prompts, config, iteration, run, ranks):
         latent_shape = hunyuan.latent_shape(config.frames, config.eval_height, config.eval_width)
     keep = partial(keep_video, config, folder, ranks)
     metrics, thumbnails = evaluate(policy, reward, repeated, latent_shape, ode, noise, config, ranks, keep)
-    if ranks.rank == 0:
+    if ranks.process == 0:
         keep_thumbnails(config, folder, run, iteration, thumbnails.numpy(), repeated)
     return metrics
 
@@ -318,7 +317,7 @@ def keep_video(config, folder, ranks, place, video):
 
         with checkpoint.warn_of_failure(f"writing a video in {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            own = folder / f"rank-{ranks.rank}.mp4"  # two ranks may make one video, where evaluate wraps around
+            own = folder / f"rank-{ranks.process}.mp4"  # two may make one video, where evaluate wraps around
             write_video(own, video, config.fps)
             own.replace(folder / f"{place:03d}.mp4")
     return pictures.thumbnail(video)
@@ -345,7 +344,7 @@ def main(arguments=None):
         else:
             start(config, options, ranks, device, mesh)
     except checkpoint.FolderError as error:  # the same one on all ranks
-        if ranks.rank == 0:
+        if ranks.process == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -363,10 +362,10 @@ def export(config, options, ranks, device, mesh):
     import hunyuan
 
     chosen = checkpoint.choose(options.resume, options.origin)
-    policy = load_hunyuan(config, Path(options.resume), device, mesh)
+    policy = load_hunyuan(config, Path(options.resume), device, mesh, ranks.context)
     checkpoint.load_weights(chosen, policy.module)
     hunyuan.export(policy, options.export)
-    if ranks.rank == 0:
+    if ranks.process == 0:
         print(f"exported {chosen.path.name} to {options.export}")
 
 
@@ -389,9 +388,9 @@ def start(config, options, ranks, device, mesh):
 
 def train(config, run, chosen, changes, log, ranks, device, mesh):
     """Train from a Checkpoint, or from the start where `chosen` is None. Returns whether all iterations were made."""
-    first = ranks.rank == 0
+    first = ranks.process == 0
     if first:
-        print(arithmetic(config, ranks.world))
+        print(arithmetic(config, ranks.processes))
     policy, reward, eval_reward, prompts, eval_prompts = build(config, run, ranks, device, mesh)
     reward = TimedReward(reward, config.reward_timeout)
     eval_reward = TimedReward(eval_reward, config.reward_timeout)
@@ -423,14 +422,14 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
         enter("its update")
         metrics, steps_made = update(policy, batch, config, optimizers, anchor, orders, iteration, steps_made, ranks)
         for cause in reward.failures:
-            print(f"rank {ranks.rank}, iteration {iteration + 1}: not scored: {cause}", file=sys.stderr)
+            print(f"rank {ranks.process}, iteration {iteration + 1}: not scored: {cause}", file=sys.stderr)
         iteration += 1
         line = {"iteration": iteration, **batch.metrics, **metrics, "optimizer_steps_made": steps_made}
         line |= peak_memory(device, ranks)
         if changes:  # settings that the run went on with; the first line that they made says so
             line["allowed"], changes = changes, {}
 
-        stop = bool(ranks.gather(torch.tensor([interrupt.asked], device=device)).any())  # all ranks stop together
+        stop = any(ranks.exchange(interrupt.asked))  # all ranks stop together
         if stop or iteration == config.iterations or iteration % config.checkpoint_every == 0:
             progress = {"iteration": iteration, "optimizer_steps_made": steps_made, "line": line, "log": log.position()}
             progress |= {"ranks": ranks.world, "settings": asdict(config), "prompt_digests": digests}
@@ -452,9 +451,9 @@ def peak_memory(device, ranks):
     """{peak_gpu_gib: the most that tensors took on a GPU since the last call, on the rank with most}; {} on a CPU."""
     if device.type != "cuda":
         return {}
-    peak = torch.tensor([torch.cuda.max_memory_allocated(device) / 2**30], device=device)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
     torch.cuda.reset_peak_memory_stats(device)
-    return {"peak_gpu_gib": ranks.gather(peak).max().item()}
+    return {"peak_gpu_gib": max(ranks.exchange(peak))}
 
 
 def show_step(bar, config, k):

@@ -66,7 +66,7 @@ class Watch:
         """Begin to watch; a second call changes nothing. Every rank must call it."""
         if self.thread is not None:
             return
-        self.rank, self.world = ranks.rank, ranks.world
+        self.rank, self.world = ranks.process, ranks.processes
         if self.world > 1:
             # A client of its own: that of the process group is blocked while the main thread waits for a key.
             store = dist.distributed_c10d._get_default_store().clone()
