@@ -1,8 +1,10 @@
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, whatever the machine has
+# Each worker of pytest-xdist has a core; matrices this small lose time to a second thread. Processes that a test starts
+# inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest
 import torch
 from hypothesis import settings
 
@@ -11,14 +13,13 @@ import train
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("repeatable")
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 train.settle_vector_math()
 ranks.obey_cpu_capability()
 
+LONGEST = ("test_ranks.py", "test_miniature.py", "test_rank_failures.py", "test_checkpoint.py")
 
-@pytest.fixture(scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small lose time to a second thread
-    yield
-    torch.set_num_threads(before)
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a worker takes one file after another, and none should begin a long one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

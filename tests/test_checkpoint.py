@@ -29,7 +29,7 @@ import train
 from config import Config
 
 ROOT = Path(train.__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = [*faults.SMALL, "--keep_checkpoints", "2"]
 
 

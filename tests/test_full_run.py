@@ -9,8 +9,6 @@ import train
 from config import parse
 from videoalign import read_video
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

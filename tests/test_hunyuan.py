@@ -27,15 +27,6 @@ PROMPTS = [
 SIGMA = torch.tensor([0.97826, 0.4])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are tiny: on a busy machine threads that wait for each other take five times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return build_tiny_hunyuan(tmp_path_factory.mktemp("hunyuan") / "tiny")

@@ -19,8 +19,6 @@ from sde import SDE, rollout, sigma_schedule
 from tiny import codec, miniature
 from toy import world
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

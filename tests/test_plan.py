@@ -36,7 +36,7 @@ def counted(transformer, side, backward=False):
     return sum(by_operator.values()) - attention, attention
 
 
-def test_a_pass_has_the_flops_that_pytorch_counts(one_thread):
+def test_a_pass_has_the_flops_that_pytorch_counts():
     """In the difference of two sizes what acts on the text alone drops out, and the rest is equal to the last one."""
     transformer = deep_transformer()
     small, large = counted(transformer, 6), counted(transformer, 10)
@@ -59,7 +59,7 @@ def test_the_released_pass_has_the_flops_of_its_sizes():
 
 @pytest.mark.parametrize("lora_rank", [0, 1])
 @pytest.mark.parametrize("checkpointing", ["full", "attention", "none"])
-def test_an_update_has_the_passes_that_are_planned(checkpointing, lora_rank, one_thread):
+def test_an_update_has_the_passes_that_are_planned(checkpointing, lora_rank):
     """Forward, recomputation and backward, as multiples of the forward pass."""
     transformer = deep_transformer(lora_rank, checkpointing)
     forward, whole = counted(transformer, 10), counted(transformer, 10, backward=True)
@@ -104,7 +104,7 @@ def test_a_dry_run_states_flops_hours_and_disk(capsys):
     assert f"{hours:.1f} hours for all 10" in shown and "132 GB a checkpoint, 3 at most" in shown
 
 
-def test_a_checkpoint_has_the_bytes_of_what_is_saved(one_thread, monkeypatch):
+def test_a_checkpoint_has_the_bytes_of_what_is_saved(monkeypatch):
     """Of a small transformer: its trained weights, AdamW's moments and the anchor, counted in the optimizer itself."""
     small = tiny_transformer()
     monkeypatch.setattr(hunyuan, "meta_transformer", lambda config=None: tiny_transformer())

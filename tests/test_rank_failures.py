@@ -21,7 +21,7 @@ from config import Config
 from watch import run_as_rank
 
 ROOT = Path(train.__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3600"
 FAULTS = ("order", "raises", "bug", "killed", "hangs", "frozen", "twice", "slow")
 ITERATIONS = 3  # every fault happens in the second
