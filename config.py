@@ -33,7 +33,7 @@ USAGE = (
 # Settings that a resumed run may change freely: what is computed does not depend on them.
 FREE = (
     "name runs iterations checkpoint_every keep_checkpoints eval_every micro_batch anchor_offload prompt_cache"
-    " reward_timeout checkpointing attention replicate context_parallel"
+    " reward_timeout checkpointing attention replicate context_parallel compile"
 ).split()
 PROMPT_FILES = ("prompts", "eval_prompts")  # compared by what they hold, not by their place
 
@@ -95,6 +95,9 @@ class Config(GRPOConfig):
         "machine only gradients go from machine to machine, at the price of memory",
         video=True,
         bounds=(1, 10**4),
+    )
+    compile: bool = option(
+        OPTIMIZATION, False, "compile every block of the transformer (torch.compile), in the first minutes", video=True
     )
     context_parallel: int = option(
         OPTIMIZATION,

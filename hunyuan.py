@@ -565,6 +565,7 @@ def load(
     checkpointing="full",
     attention="auto",
     context=None,
+    compile=False,
 ):
     """A HunyuanPolicy from a hub id or a local folder in the layout of HunyuanVideo15Pipeline.
 
@@ -577,6 +578,7 @@ def load(
     checkpointing       see checkpoint_blocks
     attention           auto or one of KERNELS
     context     the process group that shares each video's tokens, or None: see parallel.py
+    compile     see compile_blocks
     """
     if compute_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute_dtype must be torch.float32 or torch.bfloat16: got {compute_dtype}")
@@ -598,6 +600,8 @@ def load(
         transformer.to_empty(device=device)
         hand_out(transformer, model)
     draw_adapter(transformer, seed)
+    if compile:
+        compile_blocks(transformer)
     vae = one_after_another(lambda: load_network(model, "vae", torch.float32).to(device))
     vae.requires_grad_(False)
     prompts = PromptEncoder(model, prompt_cache, device, compute_dtype)
@@ -747,6 +751,18 @@ def checkpoint_blocks(transformer, kind):
     if kind == "attention":
         stored["context_fn"] = partial(create_selective_checkpoint_contexts, list(FUSED_ATTENTION))
     transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **stored))
+
+
+def compile_blocks(transformer, backend="inductor"):
+    """Compile the forward pass of every block, as one graph without a break.
+
+    Blocks, because they repeat: 54 of them need no more graphs than two. And their forward functions, because FSDP
+    gathers a block's weights in hooks around it, which a compiler must not look into.
+    """
+    # A graph for the first, the last and the other blocks, each with and without gradient, of one sample and of several.
+    torch._dynamo.config.recompile_limit = max(12, torch._dynamo.config.recompile_limit)
+    for block in transformer.transformer_blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=backend)
 
 
 def dead_parts(transformer):

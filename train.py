@@ -166,6 +166,7 @@ def load_hunyuan(config, run, device, mesh, context):
         checkpointing=config.checkpointing,
         attention=config.attention,
         context=context,
+        compile=config.compile,
     )
 
 

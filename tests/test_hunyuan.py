@@ -9,6 +9,7 @@ import torch.distributed as dist
 from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 from flops import FORMULAS
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -277,6 +278,21 @@ def test_selective_checkpointing_saves_the_attention_alone(make, lora_rank):
 
 
 # ------------------------------------------------------------------------------------------------ guidance's gradient
+def test_a_compiled_block_is_one_graph_whatever_the_length_of_the_text(make):
+    """The first and the last block differ, so the two of them are two graphs; fullgraph raises at a break."""
+    torch._dynamo.reset()
+    counters.clear()
+    policy, cond, x = make()
+    expected = gradients(policy, x, cond)
+    hunyuan.compile_blocks(policy.module, backend="aot_eager")  # the compiler of C++ would take a minute
+    found = gradients(policy, x, cond)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    torch._dynamo.reset()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() < 1e-5 * largest, name
+
+
 def test_conditional_guidance_has_the_gradient_of_its_branch_alone(make):
     policy, cond, x = make()
     exact = policy.velocity(x, SIGMA, cond).detach()
