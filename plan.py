@@ -121,18 +121,10 @@ def print_memory(config, ranks, gpu_memory_gb):
 
 # ---------------------------------------------------------------------------------------------- FLOPs and hours
 def passes(config):
-    """{purpose: passes for each video and sampling step}, in forward passes of the network, as (linear, attention).
-
-    A pass with gradient costs: the forward; what checkpointing computes again; backward, which is 2 forwards of a
-    linear map (1 in a LoRA, whose base has no gradient of its own) and 2.5 of attention.
-    """
+    """{purpose: passes for each video and sampling step}, in forward passes of the network, as (linear, attention)."""
     sampled_branches, trained_branches = branches(config)
     trained_share = config.trained_steps() / config.num_steps
-    linear, attention = 1 + (1 if config.lora_rank else 2), 1 + 2.5
-    if config.checkpointing != "none":
-        linear += 1
-    if config.checkpointing == "full":
-        attention += 1
+    linear, attention = pass_with_gradient(config)
     with_gradient = trained_share * trained_branches
     parts = {
         "rollout": (sampled_branches, sampled_branches),
@@ -143,6 +135,34 @@ def passes(config):
         later = trained_share * (1 - 1 / config.optimizer_steps)
         parts["update"] = tuple(part + later for part in parts["update"])
     return parts
+
+
+def pass_with_gradient(config):
+    """(linear, attention) of one pass with gradient, in forward passes.
+
+    That is the forward; what checkpointing computes again; backward, which is 2 forwards of a linear map (1 in a LoRA,
+    whose base has no gradient of its own) and 2.5 of attention.
+    """
+    linear, attention = 1 + (1 if config.lora_rank else 2), 1 + 2.5
+    if config.checkpointing != "none":
+        linear += 1
+    if config.checkpointing == "full":
+        attention += 1
+    return linear, attention
+
+
+def measured_tflops(config, line, forward):
+    """TFLOP/s of this rank's rollout and update: the FLOPs of the passes that a line of the log counts, by its seconds.
+
+    forward: (linear, attention), the FLOPs of one forward pass of one video: hunyuan.pass_flops.
+    """
+    linear, attention = pass_with_gradient(config)
+    _, trained_branches = branches(config)
+    trained = config.batch_size * config.trained_steps() * trained_branches
+    plain = line["rollout_passes"] + line["update_passes"] - trained
+    flops = (plain + trained * linear) * forward[0] + (plain + trained * attention) * forward[1]
+    seconds = line["rollout_seconds"] + line["update_seconds"]
+    return flops / config.context_parallel / seconds / 1e12
 
 
 def reference_share(config):

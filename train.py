@@ -44,7 +44,7 @@ from config import (
 )
 from grpo import AllRanks, OneRank, collect, evaluate, update
 from parallel import context_group, device_mesh
-from plan import arithmetic, print_cost, print_memory
+from plan import arithmetic, measured_tflops, print_cost, print_memory
 from prompts import read_prompts
 from sde import SDE, sigma_schedule
 from toy import world
@@ -426,7 +426,7 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
             print(f"rank {ranks.process}, iteration {iteration + 1}: not scored: {cause}", file=sys.stderr)
         iteration += 1
         line = {"iteration": iteration, **batch.metrics, **metrics, "optimizer_steps_made": steps_made}
-        line |= peak_memory(device, ranks)
+        line |= load_of_gpu(config, policy, line, device, ranks)
         if changes:  # settings that the run went on with; the first line that they made says so
             line["allowed"], changes = changes, {}
 
@@ -448,13 +448,23 @@ def train(config, run, chosen, changes, log, ranks, device, mesh):
     return done
 
 
-def peak_memory(device, ranks):
-    """{peak_gpu_gib: the most that tensors took on a GPU since the last call, on the rank with most}; {} on a CPU."""
-    if device.type != "cuda":
+def load_of_gpu(config, policy, line, device, ranks):
+    """What the last iteration made of a GPU, or of a CPU.
+
+    tflops         of the video model: FLOPs of the passes that the line counts, by the seconds of rollout and update
+    peak_gpu_gib   of a GPU: the most that tensors took since the last call, on the rank with most
+    """
+    if config.model == TOY:
         return {}
+    import hunyuan
+
+    tokens = hunyuan.token_count(config.frames, config.height, config.width)
+    rate = {"tflops": measured_tflops(config, line, hunyuan.pass_flops(tokens, policy.module.config))}
+    if device.type != "cuda":
+        return rate
     peak = torch.cuda.max_memory_allocated(device) / 2**30
     torch.cuda.reset_peak_memory_stats(device)
-    return {"peak_gpu_gib": max(ranks.exchange(peak))}
+    return rate | {"peak_gpu_gib": max(ranks.exchange(peak))}
 
 
 def show_step(bar, config, k):

@@ -222,7 +222,7 @@ def result(run):
         tensors |= load_file(path)
     lines = []
     for line in checkpoint.read_log(run):
-        lines.append({name: value for name, value in line.items() if not re.match("eval_|.*_seconds$|allowed$", name)})
+        lines.append({name: value for name, value in line.items() if not re.match("eval_|.*_seconds$|tflops$|allowed$", name)})
     return last.name, tensors, lines
 
 

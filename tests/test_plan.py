@@ -73,6 +73,23 @@ def test_an_update_has_the_passes_that_are_planned(checkpointing, lora_rank):
 FORWARD_PASS = hunyuan.pass_flops(18_018)  # of the paper preset's videos
 
 
+@pytest.mark.parametrize(
+    ("options", "trained", "reference"),
+    [
+        ([], 40, 40),
+        (["--lora_rank", "8", "--checkpointing", "attention", "--context_parallel", "2"], 40, 40),
+        (["--guidance_gradient", "conditional", "--kl_steps", "5"], 20, 10),
+    ],
+)
+def test_the_rate_that_is_logged_is_of_the_flops_that_are_planned(options, trained, reference):
+    """`trained`, `reference`: passes of one video with 20 steps; with a fixed anchor no iteration goes without."""
+    config, _ = parse(["--preset", "paper", "--dry-run", "--kl_mode", "fixed", *options])
+    line = {"rollout_passes": 8 * 40, "update_passes": 8 * (trained + reference)}
+    line |= {"rollout_seconds": 1.5, "update_seconds": 2.5}
+    iteration, _ = plan.cost(config, *FORWARD_PASS)
+    assert plan.measured_tflops(config, line, FORWARD_PASS) == pytest.approx(sum(iteration.values()) / 4e12)
+
+
 def equivalents(*options):
     config, _ = parse(["--preset", "paper", "--dry-run", *options])
     return plan.forward_equivalents(config, *FORWARD_PASS)

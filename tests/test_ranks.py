@@ -130,8 +130,9 @@ def lines_of(run):
 
 def training(line):
     """What a line of the log says about training, without times."""
+    clocked = ("_seconds", "tflops")
     return {
-        name: value for name, value in line.items() if not name.endswith("_seconds") and not name.startswith("eval_")
+        name: value for name, value in line.items() if not name.endswith(clocked) and not name.startswith("eval_")
     }
 
 

@@ -76,7 +76,7 @@ def test_every_logged_metric_is_explained_once(tmp_path):
     rows = [row.split("|")[1] for row in section("Metrics").splitlines() if row.startswith("| `")]
     explained = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert logged <= set(explained) and len(explained) == len(set(explained))
-    video_model = {"eval_Overall", "eval_CLIPScore", "eval_PickScore", "peak_gpu_gib"}
+    video_model = {"eval_Overall", "eval_CLIPScore", "eval_PickScore", "tflops", "peak_gpu_gib"}
     assert set(explained) - logged == video_model
 
 
