@@ -1,4 +1,5 @@
-"""What the paper claims, as differences between rows of the ablation grid, and the verdict of the toy on each.
+"""What the paper claims, as differences between rows of the ablation grid, and the verdict of the toy on each; of some
+also the verdict of the miniature, whose arms are those of paper.rehearsal.
 
 A difference is paired: both rows of a pair see the same prompts and noise, seed by seed. The interval is Student's at
 95% over the seeds. A claim `holds` where the interval lies on the claimed side of 0, `does not hold` where it lies on
@@ -240,6 +241,20 @@ OURS = [
 ]
 CLAIMS = PAPER + OURS
 
+# {text of a claim: the pair of arms of paper.rehearsal that it compares}. They end after 8 iterations, in setting A, with
+# a noisy last step and one λ_KL for all.
+ON_MINIATURE = {
+    TABLE_2[0].text: ("short run", "dance_grpo"),
+    TABLE_2[1].text: ("short run", "flow_grpo"),
+    TABLE_2[2].text: ("short run", "cps"),
+    "dual KL ends above none (four samplers, settings A and B)": ("short run", "no KL"),
+    "dual KL ends above fixed (four samplers, settings A and B)": ("short run", "anchor never refreshed"),
+    "SAGE ends higher with the equalizer than without": ("short run", "equalizer off"),
+    "one optimizer step: without KL the trained samples lie further from the manifold": ("no KL", "short run"),
+    "the exact step ends above SAGE (equal η)": ("exact", "short run"),
+    "its trained samples lie nearer to the manifold than SAGE's": ("exact", "short run"),
+}
+
 # The paper's Table 2 (HunyuanVideo-1.5, VideoAlign): Overall, VQ, MQ, TA, CLIPScore, PickScore. The review that it was
 # taken from shifts the heads of these columns by one.
 PAPER_TABLE_2 = {
@@ -295,10 +310,63 @@ def judge(table, claims):
     verdicts = []
     for claim in claims:
         mean, half = interval(difference(claim, table))
-        verdict = "holds" if mean > half else "does not hold" if mean < -half else "cannot be seen"
+        verdict = verdict_of(mean, half)
         entry = dict(source=claim.source, text=claim.text, number=claim.number)
         verdicts.append(entry | dict(mean=round(claim.sign * mean, 4), half=round(half, 4), verdict=verdict))
     return verdicts
+
+
+def verdict_of(mean, half):
+    """Of an interval mean ± half, where a claim says that it lies above 0."""
+    return "holds" if mean > half else "does not hold" if mean < -half else "cannot be seen"
+
+
+def paired(arms, a, b, number):
+    """Number of arm a − number of arm b, for every seed that both have. `arms`: results.json's "rehearsal"."""
+    differences = []
+    for seed in sorted(arms[a]["seeds"].keys() & arms[b]["seeds"].keys()):
+        first, second = (overall(arms[arm]["seeds"][seed]) for arm in (a, b))
+        differences.append(first[number] - second[number])
+    return np.array(differences)
+
+
+def overall(run):
+    return run | {"Overall": run["VQ"] + run["MQ"] + run["TA"]}
+
+
+def on_miniature(entry, arms):
+    """One cell: what the miniature says of a claim of the toy's table."""
+    if entry["text"] not in ON_MINIATURE:
+        return "–"
+    (claim,) = [claim for claim in CLAIMS if claim.text == entry["text"]]
+    mean, half = interval(paired(arms, *ON_MINIATURE[claim.text], claim.number))
+    return f"{mean:+.3f} ± {half:.3f}: {verdict_of(claim.sign * mean, half)}"
+
+
+def miniature_table(arms):
+    """Every arm of the rehearsal: its last evaluation, mean over seeds, and what it gains beyond the short run's gain.
+
+    Arms with another guidance start from another reward, so gains are compared, not ends.
+    """
+    names = ("reward", "gain", "gain − the short run's ± 95%", "VQ", "MQ", "TA", "distance", "seeds")
+    lines = ["| arm | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
+    gains = {arm: {"seeds": {}} for arm in arms}
+    for arm, entry in arms.items():
+        for seed, run in entry["seeds"].items():
+            gains[arm]["seeds"][seed] = run | {"gain": run["after"] - run["before"]}
+    for arm, entry in gains.items():
+        runs = list(entry["seeds"].values())
+        if not runs:
+            continue
+        before, after, gain = (np.mean([run[name] for run in runs]) for name in ("before", "after", "gain"))
+        against = "–"
+        if arm != "short run" and len(runs) > 1:
+            mean, half = interval(paired(gains, arm, "short run", "gain"))
+            against = f"{mean:+.3f} ± {half:.3f}"
+        means = [f"{np.mean([run[name] for run in runs]):.3f}" for name in ("VQ", "MQ", "TA", "distance")]
+        cells = [arm, f"{before:.3f} → {after:.3f}", f"{gain:+.3f}", against, *means, str(len(runs))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def agreement(deciding, other):
@@ -312,19 +380,20 @@ def agreement(deciding, other):
     return same, different
 
 
-def markdown(verdicts, claims=None):
-    """A table of verdicts, of some claims or of all. The difference is the number's own: first row − second."""
+def markdown(verdicts, claims=None, arms=None):
+    """A table of verdicts, of some claims or of all. The difference is the number's own: first row − second.
+
+    arms: results.json's "rehearsal", for a column of the miniature.
+    """
     texts = {claim.text for claim in claims} if claims else {entry["text"] for entry in verdicts}
-    lines = ["| of | claim | number | difference ± 95% | on the toy |", "| --- | --- | --- | --- | --- |"]
+    heads = ["of", "claim", "number", "difference ± 95%", "on the toy", *(["on the miniature"] if arms else [])]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for entry in verdicts:
         if entry["text"] in texts:
-            cells = (
-                entry["source"],
-                entry["text"],
-                entry["number"],
-                f"{entry['mean']:+.3f} ± {entry['half']:.3f}",
-                entry["verdict"],
-            )
+            difference = f"{entry['mean']:+.3f} ± {entry['half']:.3f}"
+            cells = [entry["source"], entry["text"], entry["number"], difference, entry["verdict"]]
+            if arms:
+                cells.append(on_miniature(entry, arms))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -380,8 +449,9 @@ def correlations(results):
 def tables(results):
     """{name: text} of everything that RESULTS.md takes from results.json."""
     return {
-        "claims of the paper": markdown(results["claims"], PAPER),
-        "our own options": markdown(results["claims"], OURS),
+        "claims of the paper": markdown(results["claims"], PAPER, results["rehearsal"]),
+        "our own options": markdown(results["claims"], OURS, results["rehearsal"]),
+        "the miniature": miniature_table(results["rehearsal"]),
         "tuning": tuning_table(results),
         "table 2 on the toy": table_2(results),
         "correlations": correlations(results),

@@ -17,12 +17,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from checkpoint import read_log
 from config import MINI, PRESETS
 from paper.ablate import read_results, write_results
+from paper.claims import miniature_table
 
 SEEDS = range(5)
 # Enough iterations for learning to stand clear of the seeds' spread, in about a minute and a half on one core.
@@ -125,23 +125,6 @@ def run_all(folder, chosen, seeds, workers):
     return table
 
 
-# ---------------------------------------------------------------------------------------------- the table
-def markdown(table):
-    """Mean and standard deviation over the seeds of each arm, as a table."""
-    names = ("arm", "before", "after", "gain", "VQ", "MQ", "TA", "distance", "seeds")
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    for arm, entry in table.items():
-        runs = list(entry["seeds"].values())
-        if not runs:
-            continue
-        gains = [run["after"] - run["before"] for run in runs]
-        columns = [[run[name] for run in runs] for name in ("before", "after")] + [gains]
-        columns += [[run[name] for run in runs] for name in ("VQ", "MQ", "TA", "distance")]
-        cells = [f"{np.mean(column):.3f} ± {np.std(column, ddof=min(1, len(column) - 1)):.3f}" for column in columns]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
-    return "\n".join(lines)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=arms(), help="arms to run [default: all]")
@@ -154,7 +137,7 @@ def main():
     if not options.table:
         chosen = {arm: settings for arm, settings in arms().items() if not options.only or arm in options.only}
         table = run_all(Path(options.runs), chosen, range(options.seeds), options.workers)
-    print(markdown(table))
+    print(miniature_table(table))
 
 
 if __name__ == "__main__":
