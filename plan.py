@@ -7,12 +7,25 @@
 All of it is computed from the settings and the sizes of the architecture; nothing is measured.
 """
 
+import contextlib
 import dataclasses
 import math
+import weakref
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import TOY
-from grpo import micro_batches_per_step
+from grpo import Batch, micro_batch_loss, micro_batches_per_step, samples_per_condition
 from prompts import read_prompts
+from sde import Trajectory
 from trust_region import kl_weights
 
 TFLOPS = 400.0  # of a GPU at work; an H100's bf16 matrices reach about twice that where nothing else is done
@@ -229,3 +242,272 @@ def checkpoint_bytes(config):
     """Trained weights, which are as large as their gradients, the optimizer's moments and the anchor."""
     parts = memory(dataclasses.replace(config, anchor_offload=False), shards=1)
     return 2**30 * (parts["gradients"] + parts["optimizer"] + parts["anchor"])
+
+
+# ---------------------------------------------------------------------------------------------- the trace
+# What a trace knows of memory. "rest": activations, what backward keeps, temporaries, states of the rollout.
+KINDS = ("weights", "gathered", "gradients", "optimizer", "anchor", "vae", "rest")
+TEXT_TOKENS = 200  # of a prompt of the trace, and of the empty one: a long caption
+GLYPH_TOKENS = 8
+
+
+def attention_product(q, k):
+    """Half the FLOPs of Q·Kᵀ, from the shapes [B, heads, S, D] of both."""
+    return q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+# PyTorch's FlopCounterMode has no formula for the CPU's attention, which the trace runs.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, *rest, **options: 4 * attention_product(q, k)  # Q·Kᵀ and the sum over V
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        # Five products of that size: one is the scores', again.
+        lambda gradient, q, k, *rest, **options: 10 * attention_product(q, k)
+    ),
+}
+# Collectives, as the dispatcher knows them, and how often the bytes of their largest argument cross a GPU's link.
+MESSAGES = {"_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1, "allreduce_": 2}
+
+
+class Ledger(TorchDispatchMode):
+    """Every storage that is alive, by kind; within a `phase` the most bytes at a time, FLOPs and bytes of messages.
+
+    A storage is found where an operator returns it, and leaves when Python drops it. FSDP frees gathered weights by
+    resizing their storage to 0, which no operator shows: `resize_` itself is watched.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.entries = {}  # address of a storage's C++ object -> [bytes, kind]
+        self.now = dict.fromkeys(KINDS, 0)
+        self.phases = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.messages += message_bytes(function, args)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.enter(tensor)
+        return result
+
+    def __enter__(self):
+        self.messages, self.peak = 0, dict(self.now)
+        self.resize = torch.UntypedStorage.resize_
+        ledger = self
+
+        def resize(storage, size):
+            ledger.resize(storage, size)
+            if storage._cdata in ledger.entries:
+                ledger.change(storage._cdata, size, "gathered")
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
+
+    def enter(self, tensor, kind="rest"):
+        """Take in the storage of a tensor, or of this rank's part of it."""
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        if storage._cdata not in self.entries:
+            self.entries[storage._cdata] = [0, kind]
+            weakref.finalize(storage, self.leave, storage._cdata)
+        self.change(storage._cdata, storage.nbytes(), None if kind == "rest" else kind)
+
+    def change(self, address, size, kind=None):
+        entry = self.entries[address]
+        self.now[entry[1]] -= entry[0]
+        entry[:] = size, kind or entry[1]
+        self.now[entry[1]] += size
+        if sum(self.now.values()) > sum(self.peak.values()):
+            self.peak = dict(self.now)
+
+    def leave(self, address):
+        size, kind = self.entries.pop(address)
+        self.now[kind] -= size
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Record what happens within, once."""
+        self.messages, self.peak = 0, dict(self.now)
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        with counter:
+            yield
+        self.phases[name] = {"peak": self.peak, "flops": counter.get_total_flops(), "messages": self.messages}
+
+
+def message_bytes(function, args):
+    """Bytes that a collective moves over one GPU's link, about; 0 of any other operator."""
+    namespace, _, name = function._schema.name.partition("::")
+    if namespace != "c10d" or name not in MESSAGES:
+        return 0
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    return MESSAGES[name] * max(tensor.nbytes for tensor in tensors)
+
+
+class WithoutData(TorchFunctionMode):
+    """Answers the questions about values that the stock forward pass and the optimizer step ask, which have none.
+
+    The masks that HunyuanPolicy hands over keep every token, and it hands over no image.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__bool__:  # "is there no image", "is the gradient norm finite"
+            return True
+        if function is torch.Tensor.__index__:  # a sample's condition: all are alike
+            return 0
+        if function is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
+            tokens, mask = args
+            return tokens[:0] if getattr(mask, "keeps_none", False) else tokens[:]
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.__invert__:
+            result.keeps_none = True
+        return result
+
+
+def meta_policy(config, mesh, context, architecture=None):
+    """The policy as hunyuan.load makes it, before it has memory. architecture: another than the released one."""
+    import hunyuan
+
+    dtype = getattr(torch, config.compute_dtype)
+    transformer = hunyuan.meta_transformer(architecture).to(dtype if config.lora_rank else torch.float32)
+    hunyuan.prepare(transformer, config.lora_rank, config.checkpointing, ["flash"], context)
+    if mesh is not None:
+        hunyuan.shard(transformer, mesh, dtype)
+    with torch.device("meta"):
+        vae = hunyuan.AutoencoderKLHunyuanVideo15().requires_grad_(False)
+    shape = hunyuan.latent_shape(config.frames, config.height, config.width)
+    return hunyuan.HunyuanPolicy(
+        transformer, vae, None, shape, config.guidance_scale, dtype, config.micro_batch, config.guidance_gradient
+    )
+
+
+def trace(config, processes, make_optimizers, make_anchor, architecture=None):
+    """A Ledger of the second iteration of a run: the real code, on tensors that have sizes but no data.
+
+    Each phase runs once, on one micro-batch where it runs over micro-batches, and is counted as often as an iteration
+    runs it. make_optimizers, make_anchor: train.py's.
+    """
+    from parallel import context_group, device_mesh
+
+    mesh, context = None, None
+    if processes > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        context = context_group(config.context_parallel, timedelta(hours=1))
+        mesh = device_mesh("cpu", config.replicate)
+    try:
+        policy, sde = meta_policy(config, mesh, context, architecture), config.sde()
+        with FakeTensorMode(allow_non_fake_inputs=True), WithoutData(), Ledger() as ledger:
+            run = TracedRun(config, policy, sde, ledger, make_optimizers, make_anchor)
+            run.update()  # the first iteration: it makes the optimizer's moments
+            run.optimizer_step()
+            ledger.phases.clear()
+            run.iteration()
+    finally:
+        if processes > 1:
+            dist.destroy_process_group()
+    return ledger
+
+
+def phase_counts(config):
+    """{phase of a trace: how often an iteration does it, in the mean over a run}; an evaluation is counted apart."""
+    batches = config.batch_size / config.micro_batch
+    return {
+        "rollout": config.num_steps,
+        "decode": 1,
+        "reference": reference_share(config) * config.num_steps * batches,
+        "update": config.trained_steps() * batches,
+        "optimizer": config.optimizer_steps,
+        "evaluation": 0,
+    }
+
+
+class TracedRun:
+    """A policy, its optimizers and its anchor, and the phases of an iteration."""
+
+    def __init__(self, config, policy, sde, ledger, make_optimizers, make_anchor):
+        import hunyuan
+
+        self.config, self.policy, self.sde, self.ledger = config, policy, sde, ledger
+        self.module = policy.module
+        self.module.to_empty(device="cpu")
+        policy.vae.to_empty(device="cpu")
+        sizes = self.module.config
+        text = torch.empty(TEXT_TOKENS, sizes.text_embed_dim), torch.empty(GLYPH_TOKENS, sizes.text_embed_2_dim)
+        policy.unconditional = hunyuan.Prompt(*text)
+        for parameter in self.module.parameters():
+            ledger.enter(parameter, "weights")
+        for tensor in (*self.policy.vae.parameters(), *self.policy.vae.buffers()):
+            ledger.enter(tensor, "vae")
+        self.optimizers = make_optimizers(self.module, config)
+        self.anchor = make_anchor(self.module, config)
+        for copy in self.anchor._copies if self.anchor else ():
+            if not config.anchor_offload:
+                ledger.enter(copy, "anchor")
+        self.batch = self.rolled_out()
+
+    def rolled_out(self):
+        """A Batch whose tensors have the sizes of a rollout's."""
+        config, shape = self.config, self.policy.latent_shape
+        samples, steps = config.batch_size, config.num_steps
+        conditions = [self.policy.unconditional] * samples
+        states = torch.empty(samples, steps + 1, *shape)
+        trajectory = Trajectory(states, torch.empty(samples, steps, *shape), torch.empty(samples, steps))
+        sampled, trained = branches(config)
+        stored = torch.empty(samples, steps, *shape) if trained < sampled else None
+        advantages, valid = torch.empty(samples), torch.ones(samples, dtype=torch.bool)
+        return Batch(self.sde, conditions, trajectory, stored, advantages, valid, 0, {})
+
+    def iteration(self):
+        """Every phase once."""
+        import hunyuan
+
+        rows = torch.arange(self.config.micro_batch)
+        conditions = self.batch.conditions[: self.config.micro_batch]
+        with torch.no_grad(), self.ledger.phase("rollout"):
+            x = self.batch.trajectory.states[:, 0]
+            v = self.velocity(x, self.batch.conditions)
+            self.sde.transition(x, v, 0)
+        with self.ledger.phase("decode"):
+            self.policy.decode(self.batch.trajectory.states[:, -1])
+        if self.anchor is not None:
+            with torch.no_grad(), self.ledger.phase("reference"), self.anchor.swapped_in():
+                self.velocity(self.batch.trajectory.states[rows, 0], conditions)
+        self.update()
+        with self.ledger.phase("update"):  # with the gradients of the first
+            self.update()
+        with self.ledger.phase("optimizer"):
+            self.optimizer_step()
+        shape = hunyuan.latent_shape(self.config.frames, self.config.eval_height, self.config.eval_width)
+        with torch.no_grad(), self.ledger.phase("evaluation"):
+            x = torch.empty(self.config.micro_batch, *shape)
+            self.velocity(x, conditions)
+            self.policy.decode(x)
+
+    def velocity(self, x, conditions):
+        return self.policy.velocity(x, torch.empty(len(x)), conditions[:: samples_per_condition(self.config)])
+
+    def update(self):
+        """Forward and backward of one micro-batch, with gradients of an earlier one where an iteration has several."""
+        config = self.config
+        rows, steps = torch.arange(config.micro_batch), torch.zeros(config.micro_batch, dtype=torch.long)
+        weights = torch.ones(config.num_steps, dtype=torch.float64)
+        means = self.batch.trajectory.means if self.anchor else None
+        loss, _ = micro_batch_loss(self.policy, self.batch, config, means, weights, rows, steps, weights, 1.0)
+        loss.backward()
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                self.ledger.enter(parameter.grad, "gradients")
+
+    def optimizer_step(self):
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            for state in optimizer.state.values():
+                for tensor in tree_leaves(state):
+                    if isinstance(tensor, torch.Tensor):
+                        self.ledger.enter(tensor, "optimizer")
+            optimizer.zero_grad()
