@@ -431,6 +431,11 @@ def command_line():
     parser.add_argument(
         "--gpu_tflops", type=float, help="dry run: TFLOP/s that a GPU really reaches, for the hours [default: 400]"
     )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="dry run: also run an iteration on tensors without data; peaks by phase, FLOPs, messages; some minutes",
+    )
     groups = {name: parser.add_argument_group(name) for name in (METHOD, OPTIMIZATION, RUN, VIDEO, EVALUATION)}
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
@@ -488,6 +493,8 @@ def check_plan(options):
             raise ValueError(f"--{', --'.join(PLAN_BOUNDS)} plan a run that is not started: add --dry-run")
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} must lie in [{low:g}, {high:g}]: got {value}; name what one machine or GPU has")
+    if options.trace and not options.dry_run:
+        raise ValueError("--trace belongs to the plan of a run that is not started: add --dry-run")
 
 
 def check_export(config, options):

@@ -593,9 +593,7 @@ def load(
         transformer = load_network(model, "transformer", weight_dtype)
         prepare(transformer, lora_rank, checkpointing, [kernel]).to(device)
     else:
-        transformer = meta_transformer(settings)
-        for parameter in transformer.parameters():
-            parameter.data = parameter.data.to(weight_dtype)
+        transformer = meta_transformer(settings, weight_dtype)
         shard(prepare(transformer, lora_rank, checkpointing, [kernel], context), mesh, compute_dtype)
         transformer.to_empty(device=device)
         hand_out(transformer, model)
@@ -899,10 +897,13 @@ def pass_flops(tokens, config=None):
     return 2 * weights * tokens, 4 * tokens**2 * width * sizes.num_layers
 
 
-def meta_transformer(config=None):
+def meta_transformer(config=None, dtype=torch.float32):
     """The transformer without weights. Without a config: the released one, 54 blocks and 8,326,608,160 parameters."""
     with torch.device("meta"):
-        return HunyuanVideo15Transformer3DModel.from_config(dict(config or {}))
+        transformer = HunyuanVideo15Transformer3DModel.from_config(dict(config or {}))
+    for parameter in transformer.parameters():  # its own `to` warns of modules that it does not have
+        parameter.data = parameter.data.to(dtype)
+    return transformer
 
 
 def memory_estimate(

@@ -4,23 +4,23 @@
     print_memory    GiB on each GPU, by part
     passes          transformer passes per video and sampling step, by what they are made for
     print_cost      those passes, and the FLOPs, hours and disk that follow from them
-All of it is computed from the settings and the sizes of the architecture; nothing is measured.
+    print_trace     the same from an iteration of the real code, on tensors that have sizes but no data
+All but the trace is computed from the settings and the sizes of the architecture; nothing is measured.
 """
 
 import contextlib
 import dataclasses
 import math
+import time
 import weakref
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from config import TOY
 from grpo import Batch, micro_batch_loss, micro_batches_per_step, samples_per_condition
@@ -28,6 +28,10 @@ from prompts import read_prompts
 from sde import Trajectory
 from trust_region import kl_weights
 
+VIDEOALIGN = 4 * 2.2e9  # bytes of Qwen2-VL-2B in float32
+# Bytes that the VAE takes for each pixel of a tile of 256 × 256 pixels and all frames while it decodes: six feature
+# maps of 128 channels in float32, as traced.
+DECODE_BYTES = 6 * 128 * 4
 TFLOPS = 400.0  # of a GPU at work; an H100's bf16 matrices reach about twice that where nothing else is done
 
 
@@ -82,11 +86,12 @@ def arithmetic(config, ranks):
     return "\n".join(lines)
 
 
-def memory(config, shards):
+def memory(config, shards, trained_branches=None):
     """hunyuan.memory_estimate for a Config whose model is shared by so many GPUs."""
     import hunyuan
 
-    _, trained_branches = branches(config)
+    if trained_branches is None:
+        _, trained_branches = branches(config)
     parts = hunyuan.memory_estimate(
         hunyuan.token_count(config.frames, config.height, config.width) // config.context_parallel,
         shards,
@@ -103,18 +108,29 @@ def memory(config, shards):
     return parts
 
 
+def peak_memory(config, shards):
+    """GiB of an iteration's peak on each GPU, by part: that of the update, or of a decode where that needs more."""
+    parts = memory(config, shards)
+    parts["videoalign"] = VIDEOALIGN / 2**30
+    _, trained_branches = branches(config)
+    if not config.lora_rank and trained_branches == 2:
+        # A weight's gradient is the sum of both branches'. Backward goes through one branch after the other, so the
+        # first one's bf16 gradients of all weights wait, before FSDP can shard them, on every GPU. The first one's
+        # activations are gone by then.
+        of_one_branch = memory(config, shards, trained_branches=1)["activations"]
+        gone = parts["activations"] - of_one_branch
+        parts["waiting"] = max(0.0, parts["gradients"] * shards / 2 - gone)
+    update_alone = sum(parts.get(name, 0) for name in ("activations", "waiting", "gathered", "gradients"))
+    parts["decode"] = max(0.0, DECODE_BYTES * config.frames * 256**2 / 2**30 - update_alone)
+    return parts
+
+
 def print_memory(config, ranks, gpu_memory_gb):
     """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
     import hunyuan
 
     shards = ranks // config.replicate
-    parts = memory(config, shards)
-    parts["videoalign"] = 4 * 2.2e9 / 2**30  # Qwen2-VL-2B in float32
-    _, trained_branches = branches(config)
-    if not config.lora_rank and trained_branches == 2:
-        # A weight's gradient is the sum of both branches'. Backward goes through one branch after the other, so
-        # the first one's bf16 gradients of all weights wait, before FSDP can shard them, on every GPU.
-        parts["waiting"] = parts["gradients"] * shards / 2
+    parts = peak_memory(config, shards)
     total, parameters = sum(parts.values()), hunyuan.meta_transformer().num_parameters()
     tokens = hunyuan.token_count(config.frames, config.height, config.width)
     eval_tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
@@ -256,7 +272,7 @@ def attention_product(q, k):
     return q[0] * q[1] * q[2] * k[2] * q[3]
 
 
-# PyTorch's FlopCounterMode has no formula for the CPU's attention, which the trace runs.
+# PyTorch has no formula for the CPU's attention, which the trace runs. Its other formulas are those of FlopCounterMode.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, *rest, **options: 4 * attention_product(q, k)  # Q·Kᵀ and the sum over V
@@ -265,6 +281,9 @@ CPU_ATTENTION = {
         # Five products of that size: one is the scores', again.
         lambda gradient, q, k, *rest, **options: 10 * attention_product(q, k)
     ),
+}
+FLOPS = flop_registry | {
+    operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()
 }
 # Collectives, as the dispatcher knows them, and how often the bytes of their largest argument cross a GPU's link.
 MESSAGES = {"_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1, "allreduce_": 2}
@@ -285,14 +304,20 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.messages += message_bytes(function, args)
+        if function.namespace == "prim":  # a question about a tensor; there are hundreds of thousands
+            return result
+        if function.namespace == "c10d":
+            self.messages += message_bytes(function, args)
+        formula = FLOPS.get(function.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.enter(tensor)
         return result
 
     def __enter__(self):
-        self.messages, self.peak = 0, dict(self.now)
+        self.messages, self.flops, self.peak = 0, 0, dict(self.now)
         self.resize = torch.UntypedStorage.resize_
         ledger = self
 
@@ -331,20 +356,15 @@ class Ledger(TorchDispatchMode):
     @contextlib.contextmanager
     def phase(self, name):
         """Record what happens within, once."""
-        self.messages, self.peak = 0, dict(self.now)
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-        with counter:
-            yield
-        self.phases[name] = {"peak": self.peak, "flops": counter.get_total_flops(), "messages": self.messages}
+        self.messages, self.flops, self.peak = 0, 0, dict(self.now)
+        yield
+        self.phases[name] = {"peak": self.peak, "flops": self.flops, "messages": self.messages}
 
 
 def message_bytes(function, args):
-    """Bytes that a collective moves over one GPU's link, about; 0 of any other operator."""
-    namespace, _, name = function._schema.name.partition("::")
-    if namespace != "c10d" or name not in MESSAGES:
-        return 0
-    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-    return MESSAGES[name] * max(tensor.nbytes for tensor in tensors)
+    """Bytes that a collective moves over one GPU's link, about; 0 of one that moves none."""
+    times = MESSAGES.get(function._schema.name.removeprefix("c10d::"), 0)
+    return times * max((leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)), default=0)
 
 
 class WithoutData(TorchFunctionMode):
@@ -372,7 +392,7 @@ def meta_policy(config, mesh, context, architecture=None):
     import hunyuan
 
     dtype = getattr(torch, config.compute_dtype)
-    transformer = hunyuan.meta_transformer(architecture).to(dtype if config.lora_rank else torch.float32)
+    transformer = hunyuan.meta_transformer(architecture, dtype if config.lora_rank else torch.float32)
     hunyuan.prepare(transformer, config.lora_rank, config.checkpointing, ["flash"], context)
     if mesh is not None:
         hunyuan.shard(transformer, mesh, dtype)
@@ -390,6 +410,10 @@ def trace(config, processes, make_optimizers, make_anchor, architecture=None):
     Each phase runs once, on one micro-batch where it runs over micro-batches, and is counted as often as an iteration
     runs it. make_optimizers, make_anchor: train.py's.
     """
+    # Here, since they are no public part of PyTorch, and no run should depend on them.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     from parallel import context_group, device_mesh
 
     mesh, context = None, None
@@ -401,9 +425,8 @@ def trace(config, processes, make_optimizers, make_anchor, architecture=None):
         policy, sde = meta_policy(config, mesh, context, architecture), config.sde()
         with FakeTensorMode(allow_non_fake_inputs=True), WithoutData(), Ledger() as ledger:
             run = TracedRun(config, policy, sde, ledger, make_optimizers, make_anchor)
-            run.update()  # the first iteration: it makes the optimizer's moments
-            run.optimizer_step()
-            ledger.phases.clear()
+            run.fill_gradients()
+            run.optimizer_step()  # that of the first iteration, which makes the moments
             run.iteration()
     finally:
         if processes > 1:
@@ -415,8 +438,8 @@ def phase_counts(config):
     """{phase of a trace: how often an iteration does it, in the mean over a run}; an evaluation is counted apart."""
     batches = config.batch_size / config.micro_batch
     return {
-        "rollout": config.num_steps,
-        "decode": 1,
+        "rollout": config.num_steps * batches,
+        "decode": config.batch_size,
         "reference": reference_share(config) * config.num_steps * batches,
         "update": config.trained_steps() * batches,
         "optimizer": config.optimizer_steps,
@@ -464,42 +487,46 @@ class TracedRun:
         """Every phase once."""
         import hunyuan
 
-        rows = torch.arange(self.config.micro_batch)
-        conditions = self.batch.conditions[: self.config.micro_batch]
+        states = self.batch.trajectory.states
+        micro_batch = slice(self.config.micro_batch)
         with torch.no_grad(), self.ledger.phase("rollout"):
-            x = self.batch.trajectory.states[:, 0]
-            v = self.velocity(x, self.batch.conditions)
-            self.sde.transition(x, v, 0)
+            v = self.velocity(states[micro_batch, 0])
+            self.sde.transition(states[micro_batch, 0], v, 0)
         with self.ledger.phase("decode"):
-            self.policy.decode(self.batch.trajectory.states[:, -1])
+            self.policy.decode(states[:1, -1])  # it decodes one after another
         if self.anchor is not None:
             with torch.no_grad(), self.ledger.phase("reference"), self.anchor.swapped_in():
-                self.velocity(self.batch.trajectory.states[rows, 0], conditions)
-        self.update()
-        with self.ledger.phase("update"):  # with the gradients of the first
+                self.velocity(states[micro_batch, 0])
+        self.fill_gradients()
+        with self.ledger.phase("update"):
             self.update()
         with self.ledger.phase("optimizer"):
             self.optimizer_step()
         shape = hunyuan.latent_shape(self.config.frames, self.config.eval_height, self.config.eval_width)
         with torch.no_grad(), self.ledger.phase("evaluation"):
-            x = torch.empty(self.config.micro_batch, *shape)
-            self.velocity(x, conditions)
+            x = torch.empty(1, *shape)
+            self.policy.velocity(x, torch.empty(1), self.batch.conditions[:1])
             self.policy.decode(x)
 
-    def velocity(self, x, conditions):
-        return self.policy.velocity(x, torch.empty(len(x)), conditions[:: samples_per_condition(self.config)])
+    def velocity(self, x):
+        conditions = self.batch.conditions[: len(x) : samples_per_condition(self.config)]
+        return self.policy.velocity(x, torch.empty(len(x)), conditions)
+
+    def fill_gradients(self):
+        """The gradients that the micro-batches before have left."""
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                self.ledger.enter(parameter.grad, "gradients")
 
     def update(self):
-        """Forward and backward of one micro-batch, with gradients of an earlier one where an iteration has several."""
+        """Forward and backward of one micro-batch."""
         config = self.config
         rows, steps = torch.arange(config.micro_batch), torch.zeros(config.micro_batch, dtype=torch.long)
         weights = torch.ones(config.num_steps, dtype=torch.float64)
         means = self.batch.trajectory.means if self.anchor else None
         loss, _ = micro_batch_loss(self.policy, self.batch, config, means, weights, rows, steps, weights, 1.0)
         loss.backward()
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                self.ledger.enter(parameter.grad, "gradients")
 
     def optimizer_step(self):
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -511,3 +538,29 @@ class TracedRun:
                     if isinstance(tensor, torch.Tensor):
                         self.ledger.enter(tensor, "optimizer")
             optimizer.zero_grad()
+
+
+def print_trace(config, processes, tflops, make_optimizers, make_anchor):
+    """The trace as a table, and what follows from it."""
+    started = time.perf_counter()
+    ledger = trace(config, processes, make_optimizers, make_anchor)
+    counts, reward = phase_counts(config), VIDEOALIGN / 2**30
+    print(f"traced, on each GPU      GiB at the peak of each phase; {reward:.1f} of them are VideoAlign's weights")
+    iteration, messages, peaks = 0.0, 0.0, {}
+    for name, phase in ledger.phases.items():
+        parts = {kind: size / 2**30 for kind, size in phase["peak"].items()}
+        peaks[name] = sum(parts.values()) + reward
+        iteration += counts[name] * phase["flops"]
+        messages += counts[name] * phase["messages"]
+        shown = " + ".join(f"{kind} {size:.1f}" for kind, size in parts.items() if size >= 0.05)
+        print(f"  {name:10} {peaks[name]:5.1f} = {shown}")
+    highest = max(peaks, key=peaks.get)
+    computed = sum(peak_memory(config, processes // config.replicate).values())
+    print(f"traced peak              {peaks[highest]:.1f} GiB, in the {highest}; computed: {computed:.1f}")
+    seconds = iteration / ((tflops or TFLOPS) * 1e12)
+    print(
+        f"traced PFLOP             {iteration / 1e15:.0f} an iteration and GPU, VAE and {TEXT_TOKENS} text tokens counted:"
+        f" {seconds / 60:.1f} minutes, {config.iterations * seconds / 3600:.1f} hours for all {config.iterations}"
+    )
+    print(f"traced messages          {messages / 2**30:,.0f} GiB an iteration over each GPU's link")
+    print(f"traced in                {time.perf_counter() - started:.0f} s")

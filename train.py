@@ -44,7 +44,7 @@ from config import (
 )
 from grpo import AllRanks, OneRank, collect, evaluate, update
 from parallel import context_group, device_mesh
-from plan import arithmetic, measured_tflops, print_cost, print_memory
+from plan import arithmetic, measured_tflops, print_cost, print_memory, print_trace
 from prompts import read_prompts
 from sde import SDE, sigma_schedule
 from toy import world
@@ -357,6 +357,8 @@ def print_plan(config, options):
     if config.model not in BUILT_IN:
         print_cost(config, ranks, options.gpu_tflops)
         print_memory(config, ranks, options.gpu_memory_gb)
+        if options.trace:
+            print_trace(config, ranks, options.gpu_tflops, make_optimizers, make_anchor)
 
 
 def export(config, options, ranks, device, mesh):

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
-from flops import FORMULAS
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hunyuan
 from grpo import GRPOConfig, collect, update
 from hunyuan import HunyuanPolicy, PromptEncoder, latent_shape, load, memory_estimate, meta_transformer, token_count
+from plan import CPU_ATTENTION
 from sde import SDE, rollout, sigma_schedule
 from tiny.hunyuan import build_tiny_hunyuan
 
@@ -264,7 +264,7 @@ def test_selective_checkpointing_saves_the_attention_alone(make, lora_rank):
     for kind in ("full", "attention", "none"):
         policy, cond, _ = make(lora_rank=lora_rank, guidance_scale=1.0, checkpointing=kind)
         randomise(trainable(policy).values())
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             policy.velocity(x, SIGMA[:1], cond[1:]).square().sum().backward()
         flops[kind] = counter.get_total_flops()
         found[kind] = {name: parameter.grad for name, parameter in trainable(policy).items()}

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flops import FORMULAS
 from torch.utils.flop_counter import FlopCounterMode
 
 import hunyuan
 import plan
 import train
 from config import parse
+from plan import CPU_ATTENTION
 from tiny.hunyuan import GLYPH_DIM, TEXT_DIM, tiny_transformer
 
 TEXT = 3  # tokens of the prompt
@@ -27,12 +27,12 @@ def counted(transformer, side, backward=False):
     vae = SimpleNamespace(enable_slicing=lambda: None, enable_tiling=lambda: None)
     policy = hunyuan.HunyuanPolicy(transformer, vae, None, None, guidance_scale=1.0)
     prompt = hunyuan.Prompt(torch.randn(TEXT, TEXT_DIM), torch.zeros(0, GLYPH_DIM))
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, torch.set_grad_enabled(backward):
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.set_grad_enabled(backward):
         v = policy.velocity(torch.randn(1, 32, 2, side, side), torch.tensor([0.5]), [prompt])
         if backward:
             v.square().sum().backward()
     by_operator = counter.get_flop_counts()["Global"]
-    attention = sum(flops for operator, flops in by_operator.items() if operator in FORMULAS)
+    attention = sum(flops for operator, flops in by_operator.items() if operator in CPU_ATTENTION)
     return sum(by_operator.values()) - attention, attention
 
 

@@ -1,0 +1,92 @@
+"""The traced plan: fake tensors against real ones, and what a group of ranks shares."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import hunyuan
+import plan
+import train
+from config import parse
+from tiny.hunyuan import tiny_transformer
+
+SIZES = ["--frames", "5", "--height", "96", "--width", "96", "--eval_height", "96", "--eval_width", "96"]
+WIDE = tiny_transformer().config | {"num_attention_heads": 8, "num_layers": 3}
+
+
+def settings(*options):
+    config, _ = parse(["--preset", "paper", "--dry-run", *SIZES, *options])
+    return config
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Of one process, and of a group of eight."""
+    config = settings("--gpus", "8")
+    return {n: plan.trace(config, n, train.make_optimizers, train.make_anchor, WIDE).phases for n in (1, 8)}
+
+
+def test_a_trace_has_the_flops_and_the_memory_of_real_tensors(traced):
+    """The update of one micro-batch. Real tensors are watched by the same ledger, and counted by PyTorch."""
+    config = settings("--gpus", "1")
+    policy = plan.meta_policy(config, None, None, WIDE)
+    counter = FlopCounterMode(display=False, custom_mapping=plan.CPU_ATTENTION)
+    with plan.Ledger() as ledger:
+        run = plan.TracedRun(config, policy, config.sde(), ledger, train.make_optimizers, train.make_anchor)
+        for parameter in (*policy.module.parameters(), *policy.vae.parameters()):
+            torch.nn.init.normal_(parameter, std=0.02)
+        run.fill_gradients()
+        with ledger.phase("update"):
+            run.update()
+        with counter:  # apart, since it keeps tensors alive
+            run.update()
+    real, fake = ledger.phases["update"], traced[1]["update"]
+    assert fake["flops"] == real["flops"] == counter.get_total_flops() > 1e9
+    for kind in ("weights", "gradients", "anchor", "vae"):
+        assert fake["peak"][kind] == real["peak"][kind] > 0
+    assert fake["peak"]["rest"] == pytest.approx(real["peak"]["rest"], rel=0.005)
+
+
+def test_the_ledger_sees_what_the_process_allocates():
+    """Against PyTorch's own account of its allocations, on a plain computation with a backward pass."""
+    weight = torch.randn(512, 512, requires_grad=True)
+
+    def compute():
+        (torch.tanh(torch.randn(2048, 512) @ weight) ** 2).sum().backward()
+
+    with plan.Ledger() as ledger, ledger.phase("compute"):
+        compute()
+    weight.grad = None
+    with torch.profiler.profile(profile_memory=True) as profile:
+        compute()
+    total, highest = 0, 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            highest = max(highest, total)
+    assert sum(ledger.phases["compute"]["peak"].values()) == pytest.approx(highest, rel=0.001)
+
+
+def test_eight_ranks_share_weights_gradients_moments_and_anchor(traced):
+    for kind in ("weights", "gradients", "optimizer", "anchor"):
+        assert traced[8]["update"]["peak"][kind] == pytest.approx(traced[1]["update"]["peak"][kind] / 8, rel=0.02)
+    assert traced[8]["update"]["flops"] == traced[1]["update"]["flops"]
+    assert traced[1]["update"]["messages"] == 0 < traced[8]["rollout"]["messages"] < traced[8]["update"]["messages"]
+    assert traced[8]["update"]["peak"]["gathered"] > 0 == traced[8]["optimizer"]["peak"]["gathered"]
+
+
+def test_an_iteration_has_the_flops_that_are_computed(traced):
+    """Computed without text and VAE, so from a little below; the trace has 208 tokens of text beside 72 of video."""
+    config = settings("--gpus", "8", "--frames", "81", "--height", "160", "--width", "160")
+    phases = plan.trace(config, 1, train.make_optimizers, train.make_anchor, WIDE).phases
+    counts = plan.phase_counts(config)
+    traced_flops = sum(counts[name] * phases[name]["flops"] for name in ("rollout", "reference", "update"))
+    forward = hunyuan.pass_flops(hunyuan.token_count(81, 160, 160), WIDE)
+    computed, _ = plan.cost(config, *forward)
+    assert sum(computed.values()) < traced_flops < 1.3 * sum(computed.values())
+
+
+def test_a_trace_is_a_part_of_a_plan(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--trace"])
+    assert "add --dry-run" in capsys.readouterr().err
