@@ -248,7 +248,6 @@ ON_MINIATURE = {
     TABLE_2[1].text: ("short run", "flow_grpo"),
     TABLE_2[2].text: ("short run", "cps"),
     "dual KL ends above none (four samplers, settings A and B)": ("short run", "no KL"),
-    "dual KL ends above fixed (four samplers, settings A and B)": ("short run", "anchor never refreshed"),
     "SAGE ends higher with the equalizer than without": ("short run", "equalizer off"),
     "one optimizer step: without KL the trained samples lie further from the manifold": ("no KL", "short run"),
     "the exact step ends above SAGE (equal η)": ("exact", "short run"),

@@ -125,6 +125,22 @@ def table_2(results, path):
     finish(figure, axes.flat, path, axes[0, :1])
 
 
+def reward_per_pass(arms, passes, path):
+    """Gain of each arm of the miniature against its passes. arms: {arm: {seed: run}}; bars: 95% over seeds."""
+    figure, axis = plt.subplots(figsize=(9, 5.5))
+    for number, (arm, runs) in enumerate(arms.items()):
+        mean, half = interval([run["after"] - run["before"] for run in runs.values()])
+        colour, _, marker = LOOKS[number % len(LOOKS)]
+        filled = colour if number < len(LOOKS) else "white" if number < 2 * len(LOOKS) else "lightgrey"
+        axis.errorbar(
+            passes[arm], mean, half, color=colour, marker=marker, mfc=filled, ms=7, capsize=3, ls="", label=arm
+        )
+    axis.set_xlabel("forward passes for each video and sampling step, at the paper's size")
+    axis.set_ylabel("gain in reward after 8 iterations")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    finish(figure, [axis], path, [])
+
+
 def ablation_pictures(logs, results, folder):
     """All of them. logs(row) -> the logs of a row, one per seed."""
     folder.mkdir(exist_ok=True)

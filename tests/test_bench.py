@@ -1,0 +1,44 @@
+"""The benchmarks at their smallest sizes."""
+
+import math
+
+import pytest
+
+from paper import bench
+from paper.ablate import write_results
+
+
+def test_ratios_of_steps_and_files_are_finite(tmp_path):
+    ratios = bench.bench_step(tmp_path, elements=1000, rounds=1) | bench.bench_checkpoint(tmp_path, rounds=1)
+    assert len(ratios) == 7 and all(0 < ratio < math.inf for ratio in ratios.values())
+
+
+def test_part_of_an_iteration_is_outside_the_network(tmp_path):
+    shares = bench.bench_outside(tmp_path, rounds=1, samples=4)
+    assert len(shares) == 2 and all(-1 < share < 1 for share in shares.values())
+
+
+def test_flops_are_linear_in_steps_and_samples_and_more_in_frames(tmp_path):
+    exponents = bench.bench_exponents(tmp_path, rounds=1, base=(2, 4, 5))
+    for name in ("num_steps", "batch_size"):
+        assert exponents[f"exponent of an iteration's FLOPs in {name}"] == pytest.approx(1, abs=0.01)
+    # The latent has (frames − 1) / 4 + 1 frames, and the text stays as long: below 1.
+    assert 0.5 < exponents["exponent of an iteration's FLOPs in frames"] < 1.2
+
+
+def test_our_order_of_passes_costs_what_the_released_one_does_and_the_options_less(tmp_path):
+    ratios = [ratio for name, ratio in bench.bench_order(tmp_path, rounds=1, steps=2).items() if name.startswith("FLOPs")]
+    assert ratios[0] == pytest.approx(1, rel=0.02)
+    assert ratios[2] < 0.65 < ratios[1] <= ratios[0]
+
+
+def test_the_picture_of_reward_per_pass(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_results(tmp_path / "results.json", {"seeds": [0]})
+    assert bench.bench_reward(tmp_path) == {} and "no picture" in capsys.readouterr().out
+    seeds = {"0": {"before": 0.5, "after": 0.55}, "1": {"before": 0.5, "after": 0.56}}
+    arms = {"short run": {"seeds": seeds}, "gradient through the conditional branch alone": {"seeds": seeds}}
+    write_results(tmp_path / "results.json", {"seeds": [0], "rehearsal": arms})
+    passes = bench.bench_reward(tmp_path, tmp_path / "picture.png")
+    assert len(passes) == 2 and max(passes.values()) > 1.3 * min(passes.values())
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
