@@ -34,7 +34,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -209,6 +209,8 @@ class HunyuanPolicy:
                 image_embeds=text.new_zeros(len(x), 0, self.module.config.image_embed_dim),
                 return_dict=False,
             )
+        if isinstance(self.module, FSDPModule):
+            v = parallel.own_backward(v)
         return v.float()
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
     device_mesh     the GPUs that share the weights, for FSDP2
     context_group   the GPUs that share the tokens of one video: context parallelism
     split_tokens    makes a transformer work on its own share of the tokens
+    own_backward    makes FSDP2 reduce a pass's gradients at once
 
 **Context parallelism** (Ulysses: Jacobs et al. 2023, arXiv 2309.14509). C neighbouring ranks make the same videos, each
 on S / C of the S video tokens. Linear maps, norms and MLPs act on each token alone, so they need no message. Attention
@@ -143,3 +144,32 @@ class AllTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return own_part(gradient, 1, ctx.group) * ctx.group.size(), None
+
+
+# ---------------------------------------------------------------------------------------------- one pass's gradients
+def own_backward(result):
+    """The same tensor; as soon as its gradient is known, backward goes through all that made it before anything else.
+
+    A loss that holds several passes of a sharded model, such as guidance's two branches, adds up each weight's
+    gradients of all passes before FSDP can reduce and shard them. So the whole gradients of the earlier passes wait on
+    every GPU, 15 GiB in bf16. With a backward of their own they are reduced at once. That costs a reduction more for
+    each pass.
+    """
+    if not result.requires_grad:
+        return result
+    return OwnBackward.apply(torch.ones((), requires_grad=True), [result])
+
+
+class OwnBackward(torch.autograd.Function):
+    """See own_backward. The list hides the tensor from autograd, which would make it a part of the outer graph; the
+    first argument is there since a result has a gradient only if an argument has one."""
+
+    @staticmethod
+    def forward(ctx, carrier, hidden):
+        ctx.hidden = hidden
+        return hidden[0].detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.autograd.backward(ctx.hidden.pop(), gradient)  # once, like any backward: what it kept is freed
+        return None, None

@@ -29,6 +29,8 @@ from sde import Trajectory
 from trust_region import kl_weights
 
 VIDEOALIGN = 4 * 2.2e9  # bytes of Qwen2-VL-2B in float32
+TEXT_ENCODER = 2 * 7.07e9  # bytes of the language model of Qwen2.5-VL-7B in bf16, the largest part that is read whole
+GPUS_PER_MACHINE = 8
 # Bytes that the VAE takes for each pixel of a tile of 256 × 256 pixels and all frames while it decodes: six feature
 # maps of 128 channels in float32, as traced.
 DECODE_BYTES = 6 * 128 * 4
@@ -86,12 +88,11 @@ def arithmetic(config, ranks):
     return "\n".join(lines)
 
 
-def memory(config, shards, trained_branches=None):
+def memory(config, shards):
     """hunyuan.memory_estimate for a Config whose model is shared by so many GPUs."""
     import hunyuan
 
-    if trained_branches is None:
-        _, trained_branches = branches(config)
+    _, trained_branches = branches(config)
     parts = hunyuan.memory_estimate(
         hunyuan.token_count(config.frames, config.height, config.width) // config.context_parallel,
         shards,
@@ -112,17 +113,24 @@ def peak_memory(config, shards):
     """GiB of an iteration's peak on each GPU, by part: that of the update, or of a decode where that needs more."""
     parts = memory(config, shards)
     parts["videoalign"] = VIDEOALIGN / 2**30
-    _, trained_branches = branches(config)
-    if not config.lora_rank and trained_branches == 2:
-        # A weight's gradient is the sum of both branches'. Backward goes through one branch after the other, so the
-        # first one's bf16 gradients of all weights wait, before FSDP can shard them, on every GPU. The first one's
-        # activations are gone by then.
-        of_one_branch = memory(config, shards, trained_branches=1)["activations"]
-        gone = parts["activations"] - of_one_branch
-        parts["waiting"] = max(0.0, parts["gradients"] * shards / 2 - gone)
-    update_alone = sum(parts.get(name, 0) for name in ("activations", "waiting", "gathered", "gradients"))
+    parts["rollout"] = rollout_bytes(config) / 2**30
+    update_alone = sum(parts[name] for name in ("activations", "gathered", "gradients"))
     parts["decode"] = max(0.0, DECODE_BYTES * config.frames * 256**2 / 2**30 - update_alone)
     return parts
+
+
+def rollout_bytes(config):
+    """What a rank keeps of its samples: states, means, the reference's means, and a branch of guidance if it is stored.
+    """
+    import hunyuan
+
+    latents = 1 + config.num_steps  # states
+    latents += config.num_steps * (2 if reference_share(config) else 1)
+    sampled_branches, trained_branches = branches(config)
+    if trained_branches < sampled_branches:
+        latents += config.num_steps
+    latent = math.prod(hunyuan.latent_shape(config.frames, config.height, config.width))
+    return 4 * config.batch_size * latents * latent
 
 
 def print_memory(config, ranks, gpu_memory_gb):
@@ -149,21 +157,25 @@ def print_memory(config, ranks, gpu_memory_gb):
 
 
 # ---------------------------------------------------------------------------------------------- FLOPs and hours
-def passes(config):
-    """{purpose: passes for each video and sampling step}, in forward passes of the network, as (linear, attention)."""
+def pass_counts(config):
+    """{purpose: (passes without gradient, passes with gradient) of the network for each video and sampling step}."""
     sampled_branches, trained_branches = branches(config)
     trained_share = config.trained_steps() / config.num_steps
-    linear, attention = pass_with_gradient(config)
-    with_gradient = trained_share * trained_branches
-    parts = {
-        "rollout": (sampled_branches, sampled_branches),
-        "reference": (reference_share(config) * sampled_branches,) * 2,
-        "update": (with_gradient * linear, with_gradient * attention),
-    }
+    later = 0.0
     if trained_branches < sampled_branches:  # the stored branch serves until the first optimizer step
         later = trained_share * (1 - 1 / config.optimizer_steps)
-        parts["update"] = tuple(part + later for part in parts["update"])
-    return parts
+    return {
+        "rollout": (sampled_branches, 0),
+        "reference": (reference_share(config) * sampled_branches, 0),
+        "update": (later, trained_share * trained_branches),
+    }
+
+
+def passes(config):
+    """{purpose: passes for each video and sampling step}, in forward passes of the network, as (linear, attention)."""
+    multiples = pass_with_gradient(config)
+    counts = pass_counts(config)
+    return {name: tuple(plain + times * trained for times in multiples) for name, (plain, trained) in counts.items()}
 
 
 def pass_with_gradient(config):
@@ -230,7 +242,7 @@ def evaluation_cost(config):
 
 
 def print_cost(config, ranks, tflops):
-    """FLOPs, hours and disk. The VAE, the reward model, text tokens, messages between GPUs and waiting are left out."""
+    """FLOPs, hours, disk, messages. The hours leave out VAE, reward model, text tokens, messages and waiting."""
     import hunyuan
 
     forward = hunyuan.pass_flops(hunyuan.token_count(config.frames, config.height, config.width))
@@ -252,6 +264,64 @@ def print_cost(config, ranks, tflops):
     count = config.keep_checkpoints + 1
     most = f"{count} at most while one is written: {count * size:.0f}"
     print(f"disk                     {size:.0f} GB a checkpoint, {most}")
+    parts = messages(config, ranks)
+    shown = " + ".join(f"{name} {part / 2**40:.1f}" for name, part in parts.items())
+    print(f"messages (TiB)           {shown} = {sum(parts.values()) / 2**40:.1f} an iteration over each GPU's link")
+    reading, training = (part / 1e9 for part in host_memory(config, ranks))
+    print(
+        f"host memory              {reading:.0f} GB of each machine of {GPUS_PER_MACHINE} GPUs while the model is read,"
+        f" then {training:.0f} GB beside PyTorch's own"
+    )
+
+
+def messages(config, ranks, architecture=None):
+    """{purpose: bytes that cross each GPU's link in an iteration}, of collectives counted as in MESSAGES.
+
+    With P parameters of w bytes, of which T are trained:
+    gather      P·w for a forward pass, as much again for its backward
+    reduce      4·T for a pass with gradient
+    replicas    2 · 4·T / shards for it, where machines hold whole models
+    context     4 exchanges of a share of the tokens (q, k, v, output) for each block's forward pass, for its second
+                one under checkpointing, and for its backward; those of the text are left out
+    """
+    import hunyuan
+
+    shards = ranks // config.replicate
+    transformer = hunyuan.prepare(hunyuan.meta_transformer(architecture))
+    sizes = transformer.config
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    total = transformer.num_parameters()
+    trained = transformer.num_parameters(only_trainable=True)
+    if config.lora_rank:
+        trained = hunyuan.lora_parameters(transformer, config.lora_rank)
+        total += trained
+    counts = pass_counts(config).values()
+    calls = config.batch_size * config.num_steps / samples_per_condition(config)  # for each pass of a video and step
+    plain = calls * sum(without for without, _ in counts)
+    with_gradient = calls * sum(with_ for _, with_ in counts)
+    parts = {"gather": 0.0, "reduce": 0.0, "replicas": 0.0, "context": 0.0}
+    if shards > 1:
+        parts["gather"] = width * total * (plain + 2 * with_gradient)
+        parts["reduce"] = 4 * trained * with_gradient
+    if config.replicate > 1:
+        parts["replicas"] = 2 * 4 * trained / shards * with_gradient
+    if config.context_parallel > 1:
+        tokens = hunyuan.token_count(config.frames, config.height, config.width) / config.context_parallel
+        exchange = 4 * width * tokens * sizes.num_attention_heads * sizes.attention_head_dim * sizes.num_layers
+        times = 2 if config.checkpointing == "none" else 3
+        parts["context"] = exchange * samples_per_condition(config) * (plain + times * with_gradient)
+    return parts
+
+
+def host_memory(config, ranks):
+    """(bytes of a machine's memory while a model is read, while it trains)."""
+    offloaded = 0.0
+    w_pos, _ = kl_weights(config.kl_mode)
+    if config.anchor_offload and w_pos:
+        shards = ranks // config.replicate
+        anchor = memory(dataclasses.replace(config, anchor_offload=False), shards)["anchor"] * 2**30
+        offloaded = anchor * min(ranks, GPUS_PER_MACHINE)
+    return max(TEXT_ENCODER, offloaded), offloaded
 
 
 def checkpoint_bytes(config):
@@ -524,7 +594,7 @@ class TracedRun:
         config = self.config
         rows, steps = torch.arange(config.micro_batch), torch.zeros(config.micro_batch, dtype=torch.long)
         weights = torch.ones(config.num_steps, dtype=torch.float64)
-        means = self.batch.trajectory.means if self.anchor else None
+        means = self.batch.trajectory.means.clone() if self.anchor else None  # the reference's
         loss, _ = micro_batch_loss(self.policy, self.batch, config, means, weights, rows, steps, weights, 1.0)
         loss.backward()
 
@@ -546,12 +616,12 @@ def print_trace(config, processes, tflops, make_optimizers, make_anchor):
     ledger = trace(config, processes, make_optimizers, make_anchor)
     counts, reward = phase_counts(config), VIDEOALIGN / 2**30
     print(f"traced, on each GPU      GiB at the peak of each phase; {reward:.1f} of them are VideoAlign's weights")
-    iteration, messages, peaks = 0.0, 0.0, {}
+    iteration, moved, peaks = 0.0, 0.0, {}
     for name, phase in ledger.phases.items():
         parts = {kind: size / 2**30 for kind, size in phase["peak"].items()}
         peaks[name] = sum(parts.values()) + reward
         iteration += counts[name] * phase["flops"]
-        messages += counts[name] * phase["messages"]
+        moved += counts[name] * phase["messages"]
         shown = " + ".join(f"{kind} {size:.1f}" for kind, size in parts.items() if size >= 0.05)
         print(f"  {name:10} {peaks[name]:5.1f} = {shown}")
     highest = max(peaks, key=peaks.get)
@@ -562,5 +632,5 @@ def print_trace(config, processes, tflops, make_optimizers, make_anchor):
         f"traced PFLOP             {iteration / 1e15:.0f} an iteration and GPU, VAE and {TEXT_TOKENS} text tokens counted:"
         f" {seconds / 60:.1f} minutes, {config.iterations * seconds / 3600:.1f} hours for all {config.iterations}"
     )
-    print(f"traced messages          {messages / 2**30:,.0f} GiB an iteration over each GPU's link")
+    print(f"traced messages (TiB)    {moved / 2**40:.1f} an iteration over each GPU's link")
     print(f"traced in                {time.perf_counter() - started:.0f} s")

@@ -185,18 +185,18 @@ def bench_exponents(folder, rounds=3, base=(4, 4, 9)):
     """{what grows: exponents of FLOPs and seconds}, from a doubling of each: T, samples, frames of the video."""
     model = build_tiny_hunyuan(folder / "exponents" / "tiny")
     base = dict(zip(("num_steps", "batch_size", "frames"), base, strict=True))
+    doubled = {"num_steps": 2 * base["num_steps"], "batch_size": 2 * base["batch_size"], "frames": 2 * base["frames"] - 1}
+    iterations = []
+    for changed in (base, *(base | {name: value} for name, value in doubled.items())):
+        options = [part for key, value in changed.items() for part in (f"--{key}", str(value))]
+        iterations.append(tiny_setup(model, *options).iteration)
+    flops = [counted(function) for function in iterations]
+    times = in_turns(iterations, rounds)
     exponents = {}
-    for name, value in base.items():
-        doubled = 2 * value - 1 if name == "frames" else 2 * value
-        pair = []
-        for changed in (base, base | {name: doubled}):
-            options = [part for key, value in changed.items() for part in (f"--{key}", str(value))]
-            pair.append(tiny_setup(model, *options).iteration)
-        flops = [counted(function) for function in pair]
-        times = in_turns(pair, rounds)
-        growth = math.log(doubled / base[name])
-        exponents[f"exponent of an iteration's FLOPs in {name}"] = math.log(flops[1] / flops[0]) / growth
-        exponents[f"exponent of an iteration's seconds in {name}"] = math.log(times[1] / times[0]) / growth
+    for place, (name, value) in enumerate(doubled.items(), start=1):
+        growth = math.log(value / base[name])
+        exponents[f"exponent of an iteration's FLOPs in {name}"] = math.log(flops[place] / flops[0]) / growth
+        exponents[f"exponent of an iteration's seconds in {name}"] = math.log(times[place] / times[0]) / growth
     return exponents
 
 

@@ -1,11 +1,15 @@
 """The benchmarks at their smallest sizes."""
 
+import json
 import math
+from functools import partial
 
 import pytest
 
-from paper import bench
+import hunyuan
+from paper import bench, gpu
 from paper.ablate import write_results
+from tiny.hunyuan import tiny_transformer
 
 
 def test_ratios_of_steps_and_files_are_finite(tmp_path):
@@ -42,3 +46,24 @@ def test_the_picture_of_reward_per_pass(tmp_path, monkeypatch, capsys):
     passes = bench.bench_reward(tmp_path, tmp_path / "picture.png")
     assert len(passes) == 2 and max(passes.values()) > 1.3 * min(passes.values())
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_measurements_of_a_gpu_on_a_tiny_model(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(hunyuan, "compile_blocks", partial(hunyuan.compile_blocks, backend="eager"))
+    gpu.main(["--tiny", "--out", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    kinds = [title.split(", ", 1)[1] for title in rows if title.startswith("64")]
+    assert kinds == ["flash", "math", "flash, compiled", "VAE"]
+    matrices, *passes, vae = rows.values()
+    (row, *_) = passes
+    per_pass = sum(hunyuan.pass_flops(hunyuan.token_count(5, 64, 64), tiny_transformer().config))
+    assert matrices["TFLOP/s"] > 0 and vae["decode seconds"] > 0
+    assert row["share forward"] * matrices["TFLOP/s"] * row["forward seconds"] == pytest.approx(per_pass / 1e12)
+    assert row["peak GiB"] is None and row["computed GiB"] > 0
+    assert "| 64 × 64 × 5, flash, compiled |" in capsys.readouterr().out
+
+
+def test_the_released_architecture_is_not_measured_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="use --tiny"):
+        gpu.main([])

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hunyuan
+import parallel
 import plan
 import train
 from config import parse
@@ -72,7 +73,28 @@ def test_eight_ranks_share_weights_gradients_moments_and_anchor(traced):
         assert traced[8]["update"]["peak"][kind] == pytest.approx(traced[1]["update"]["peak"][kind] / 8, rel=0.02)
     assert traced[8]["update"]["flops"] == traced[1]["update"]["flops"]
     assert traced[1]["update"]["messages"] == 0 < traced[8]["rollout"]["messages"] < traced[8]["update"]["messages"]
-    assert traced[8]["update"]["peak"]["gathered"] > 0 == traced[8]["optimizer"]["peak"]["gathered"]
+    assert traced[8]["reference"]["peak"]["gathered"] > 0 == traced[8]["optimizer"]["peak"]["gathered"]
+
+
+def test_an_iteration_has_the_messages_that_are_computed(traced):
+    config = settings("--gpus", "8")
+    moved = sum(count * traced[8][name]["messages"] for name, count in plan.phase_counts(config).items())
+    assert moved == pytest.approx(sum(plan.messages(config, 8, WIDE).values()), rel=0.01)
+    shared = settings("--gpus", "8", "--replicate", "2", "--context_parallel", "2", "--frames", "81")
+    phases = plan.trace(shared, 8, train.make_optimizers, train.make_anchor, WIDE).phases
+    moved = sum(count * phases[name]["messages"] for name, count in plan.phase_counts(shared).items())
+    computed = plan.messages(shared, 8, WIDE)
+    assert min(computed.values()) > 0.01 * moved  # each of them counts
+    assert moved == pytest.approx(sum(computed.values()), rel=0.05)  # the text's own are left out
+
+
+def test_no_gradient_of_one_branch_waits_for_the_other(traced, monkeypatch):
+    monkeypatch.setattr(parallel, "own_backward", lambda result: result)
+    together = plan.trace(settings("--gpus", "8"), 8, train.make_optimizers, train.make_anchor, WIDE).phases["update"]
+    apart = traced[8]["update"]
+    whole = 2 * sum(p.numel() for p in hunyuan.prepare(hunyuan.meta_transformer(WIDE)).parameters() if p.requires_grad)
+    assert sum(together["peak"].values()) - sum(apart["peak"].values()) > 0.5 * whole
+    assert together["flops"] == apart["flops"] and together["messages"] < apart["messages"]
 
 
 def test_an_iteration_has_the_flops_that_are_computed(traced):

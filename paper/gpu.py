@@ -1,0 +1,198 @@
+"""What one GPU makes of the real architecture with random weights. Nothing is downloaded or learned.
+
+    python -m paper.gpu                  some minutes on a GPU with 48 GiB or more; a table for RESULTS.md
+    python -m paper.gpu --tiny           the same of a tiny model, on a CPU, too
+    python -m paper.gpu --out FILE       the numbers as JSON, too
+
+A LoRA of rank 64 over a bf16 base, because that fits one GPU. For videos of both of the paper's sizes, for each
+attention kernel that runs, and once with compiled blocks:
+
+    seconds    of a forward pass, and of one with backward, after a first call that warms up
+    TFLOP/s    of all FLOPs of the pass with backward, those of checkpointing's second forward among them: what
+               --gpu_tflops of the dry run takes
+    share      of the rate that the card reaches in a product of two large bf16 matrices; here the second forward does
+               not count (model-FLOP utilisation)
+    peak       of GPU memory in the pass with backward, beside what hunyuan.memory_estimate computes for the same parts
+
+The last rows decode a video by the VAE in float32. Without a GPU there are no peaks.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import hunyuan
+from config import parse
+from grpo import clock
+from plan import DECODE_BYTES, GLYPH_TOKENS, TEXT_TOKENS, pass_with_gradient
+
+LORA_RANK = 64
+SIZES = {"352 × 624 × 81": (81, 352, 624), "480 × 832 × 81": (81, 480, 832)}
+TINY_SIZES = {"64 × 64 × 5": (5, 64, 64)}
+ROUNDS = 3
+
+
+def measured(function, device):
+    """(median seconds, peak GiB or None) of a call, after one that warms up."""
+    function()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    taken = []
+    for _ in range(ROUNDS):
+        started = clock(device)
+        function()
+        taken.append(clock(device) - started)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return statistics.median(taken), peak
+
+
+def matrix_rate(device, side):
+    """FLOP/s of a product of two bf16 matrices."""
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
+    seconds, _ = measured(lambda: a @ b, device)
+    return 2 * side**3 / seconds
+
+
+def random_policy(device, architecture):
+    """The released transformer with a LoRA, its weights drawn at random, as a policy without guidance."""
+    transformer = hunyuan.prepare(hunyuan.meta_transformer(architecture, torch.bfloat16), LORA_RANK)
+    transformer.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.normal_(std=0.02)
+    no_vae = SimpleNamespace(enable_slicing=lambda: None, enable_tiling=lambda: None)
+    return hunyuan.HunyuanPolicy(transformer, no_vae, None, None, 1.0, torch.bfloat16)
+
+
+def usable_kernels(device, head_dim):
+    names = []
+    for name in hunyuan.KERNELS:
+        if name == "math" and device.type == "cuda":
+            continue  # it holds all scores at once, 20 GiB a block at the smaller size
+        try:
+            names.append(hunyuan.attention_kernel(name, device, torch.bfloat16, head_dim))
+        except ValueError as error:
+            print(f"left out: {error}")
+    return names
+
+
+def measure_pass(policy, size, rate, device):
+    """The numbers of one row of the table."""
+    sizes = policy.module.config
+    x = torch.randn(1, *hunyuan.latent_shape(*size), device=device)
+    sigma = torch.full((1,), 0.5, device=device)
+    text = torch.randn(TEXT_TOKENS, sizes.text_embed_dim), torch.randn(GLYPH_TOKENS, sizes.text_embed_2_dim)
+    prompt = hunyuan.Prompt(*text)
+
+    def forward():
+        with torch.no_grad():
+            policy.velocity(x, sigma, [prompt])
+
+    def with_backward():
+        policy.velocity(x, sigma, [prompt]).square().mean().backward()
+
+    forward_seconds, _ = measured(forward, device)
+    seconds, peak = measured(with_backward, device)
+    tokens = hunyuan.token_count(*size)
+    parts = hunyuan.memory_estimate(tokens, 1, LORA_RANK, config=sizes, branches=1)
+    per_pass = hunyuan.pass_flops(tokens, sizes)
+    return {
+        "forward seconds": forward_seconds,
+        "with backward": seconds,
+        "TFLOP/s": flops_with_backward(per_pass, "full") / seconds / 1e12,
+        "share forward": sum(per_pass) / forward_seconds / rate,
+        "share with backward": flops_with_backward(per_pass, "none") / seconds / rate,
+        "peak GiB": peak,
+        "computed GiB": sum(parts[name] for name in ("weights", "gradients", "activations")),
+    }
+
+
+def flops_with_backward(per_pass, checkpointing):
+    """FLOPs of a pass of a LoRA with backward."""
+    config, _ = parse(["--preset", "paper", "--dry-run", "--lora_rank", "1", "--checkpointing", checkpointing])
+    return sum(times * flops for times, flops in zip(pass_with_gradient(config), per_pass, strict=True))
+
+
+def measure_decode(vae, size, device):
+    policy = SimpleNamespace(vae=vae)
+    latents = torch.randn(1, *hunyuan.latent_shape(*size), device=device)
+    started = clock(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    hunyuan.HunyuanPolicy.decode(policy, latents)
+    row = {"decode seconds": clock(device) - started}
+    if device.type == "cuda":
+        weights = sum(parameter.nbytes for parameter in vae.parameters())
+        row["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+        row["computed GiB"] = (weights + DECODE_BYTES * size[0] * 256**2) / 2**30
+    return row
+
+
+def measure_all(device, sizes, architecture, vae_config, side):
+    """{row: {number: value}}."""
+    rate = matrix_rate(device, side)
+    rows = {f"{device}, bf16 matrices of {side} × {side}": {"TFLOP/s": rate / 1e12}}
+    policy = random_policy(device, architecture)
+    kernels = usable_kernels(device, policy.module.config.attention_head_dim)
+    for kernel in kernels:
+        use_kernel(policy.module, kernel)
+        for name, size in sizes.items():
+            rows[f"{name}, {kernel}"] = measure_pass(policy, size, rate, device)
+    use_kernel(policy.module, kernels[0])
+    hunyuan.compile_blocks(policy.module)
+    for name, size in sizes.items():
+        rows[f"{name}, {kernels[0]}, compiled"] = measure_pass(policy, size, rate, device)
+    del policy
+    torch.manual_seed(0)
+    with device:
+        vae = hunyuan.AutoencoderKLHunyuanVideo15.from_config(vae_config).requires_grad_(False)
+    vae.enable_slicing()
+    vae.enable_tiling()
+    for name, size in sizes.items():
+        rows[f"{name}, VAE"] = measure_decode(vae, size, device)
+    return rows
+
+
+def use_kernel(transformer, kernel):
+    for block in transformer.transformer_blocks:
+        block.attn.set_processor(hunyuan.UnmaskedAttention([kernel]))
+
+
+def markdown(rows):
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for title, row in rows.items():
+        cells = ["–" if row.get(name) is None else f"{row[name]:.3g}" for name in names]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and video")
+    parser.add_argument("--out", type=Path, help="write the numbers to this file")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.tiny:
+        raise SystemExit("the released architecture must have a GPU: PyTorch sees none; use --tiny")
+    started = time.perf_counter()
+    if options.tiny:
+        from tiny.hunyuan import tiny_transformer, tiny_vae
+
+        rows = measure_all(device, TINY_SIZES, dict(tiny_transformer().config), dict(tiny_vae().config), 256)
+    else:
+        rows = measure_all(device, SIZES, None, {}, 8192)
+    print(markdown(rows))
+    print(f"in {time.perf_counter() - started:.0f} s")
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
