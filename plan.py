@@ -457,6 +457,12 @@ class WithoutData(TorchFunctionMode):
         return result
 
 
+def empty_mask(frames, places, dtype, device, batch_size):
+    """In place of the VAE's own, which fills the mask row by row: thousands of rows for each tile, minutes of a trace."""
+    tokens = frames * places
+    return torch.empty(tokens, tokens, dtype=dtype, device=device).expand(batch_size, -1, -1)
+
+
 def meta_policy(config, mesh, context, architecture=None):
     """The policy as hunyuan.load makes it, before it has memory. architecture: another than the released one."""
     import hunyuan
@@ -468,6 +474,9 @@ def meta_policy(config, mesh, context, architecture=None):
         hunyuan.shard(transformer, mesh, dtype)
     with torch.device("meta"):
         vae = hunyuan.AutoencoderKLHunyuanVideo15().requires_grad_(False)
+    for module in vae.modules():
+        if hasattr(module, "prepare_causal_attention_mask"):
+            module.prepare_causal_attention_mask = empty_mask
     shape = hunyuan.latent_shape(config.frames, config.height, config.width)
     return hunyuan.HunyuanPolicy(
         transformer, vae, None, shape, config.guidance_scale, dtype, config.micro_batch, config.guidance_gradient

@@ -258,7 +258,7 @@ def bench_order(folder, rounds=3, steps=4):
 
 
 def bench_reward(folder, picture=Path("figures/reward_per_pass.png")):
-    """Draw what every arm of the rehearsal gained for its passes. Returns {arm: passes}."""
+    """Draw what every arm of the rehearsal gained for its passes. Returns {arm: passes, of all its iterations}."""
     table = read_results().get("rehearsal", {})
     done = {arm: entry["seeds"] for arm, entry in table.items() if len(entry["seeds"]) > 1 and "rank" not in arm}
     if not done:
@@ -268,9 +268,9 @@ def bench_reward(folder, picture=Path("figures/reward_per_pass.png")):
     passes = {}
     for arm in done:
         config = settings("--preset", "mini", *SHORT, *arms()[arm])
-        passes[arm] = sum(plan.forward_equivalents(config, *forward).values())
+        passes[arm] = config.iterations * sum(plan.forward_equivalents(config, *forward).values())
     plots.reward_per_pass(done, passes, picture)
-    return {f"passes of a video and step, {arm}": number for arm, number in passes.items()}
+    return {f"passes of a run for each video and step, {arm}": number for arm, number in passes.items()}
 
 
 BENCHES = {

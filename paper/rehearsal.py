@@ -28,6 +28,7 @@ SEEDS = range(5)
 # Enough iterations for learning to stand clear of the seeds' spread, in about a minute and a half on one core.
 SHORT = ["--iterations", "8", "--eval_every", "8", "--checkpoint_every", "4"]
 TWO_RANKS = 2
+HALVED = ["--guidance_gradient", "conditional", "--checkpointing", "attention", "--kl_steps", "3"]
 LORA = ["--lora_rank", "16", "--learning_rate", "5e-3"]  # the best of 5e-4, 2e-3, 5e-3 and 1e-2 on seed 0
 
 
@@ -51,6 +52,9 @@ def arms():
         "two optimizer steps": ["--optimizer_steps", "2", "--anchor_every", "20"],
         "position KL on 3 of 10 steps": ["--kl_steps", "3"],
         "noise on 4 steps of the first 6": ["--sde_steps", "4"],
+        "halved passes": HALVED,
+        # as many FLOPs as a short run
+        "halved passes, twice the iterations": [*HALVED, "--iterations", "16"],
         **{sampler: ["--sde_type", sampler] for sampler in samplers},
     }
 
