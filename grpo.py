@@ -109,7 +109,7 @@ class GRPOConfig:
     kl_steps: int = option(
         METHOD,
         0,
-        "trained steps of an iteration that have the position KL, drawn anew and weighted so that its mean over draws "
+        "trained steps of each sample that have the position KL, drawn anew and weighted so that its mean over draws "
         "is that of all; 0 = all [paper: all]",
         bounds=(0, 1000),
     )
@@ -454,7 +454,7 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     )
     scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
-    w_position = position_weights(batch.sde, config.kl_steps, generators, ranks)
+    w_position = position_weights(batch.sde, config.kl_steps, generators)
     means_ref = reference_means(policy, batch, config, anchor, w_position)
     logs, grad_norms = [], []
     for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
@@ -479,26 +479,26 @@ def update(policy, batch, config, optimizers, anchor, generators, iteration, ste
     return metrics, steps_made
 
 
-def position_weights(sde, count, generators, ranks):
-    """Weight of each step's position KL, float64 [T]: K/n at n = `count` of the K trained steps, drawn anew.
+def position_weights(sde, count, generators):
+    """Weight of the position KL at each step of each sample, float64 [B, T]: K/n at n = `count` of the K trained steps.
 
     Each trained step has the mean weight 1, so the mean gradient over draws is the one with all steps, which 0 stands
-    for. The other steps need no reference pass. Every rank takes the draw of the first rank's first sample.
+    for. The other steps need no reference pass. Each sample draws its own steps, so that the samples of an iteration
+    together have the KL of nearly all steps; if all had the same few, the gradient would vary far more from one
+    iteration to the next (measured: RESULTS.md, "What an iteration costs").
     """
     if not count:
-        return sde.stochastic.double()
+        return sde.stochastic.double().expand(len(generators), -1)
     trained = sde.stochastic.nonzero().flatten()
-    order = None
-    if ranks.rank == 0:  # the other ranks' generators stay untouched, as they do where one rank has all samples
-        order = torch.randperm(len(trained), generator=generators[0]).tolist()
-    order, *_ = ranks.exchange(order)
-    weights = torch.zeros(sde.num_steps, dtype=torch.float64)
-    weights[trained[order[:count]]] = len(trained) / count
+    weights = torch.zeros(len(generators), sde.num_steps, dtype=torch.float64)
+    for own, generator in zip(weights, generators, strict=True):
+        order = torch.randperm(len(trained), generator=generator)
+        own[trained[order[:count]]] = len(trained) / count
     return weights
 
 
 def reference_means(policy, batch, config, anchor, w_position):
-    """Mean of each step under the anchor, [B, T, …], where w_position [T] is not 0; None without an anchor.
+    """Mean of each step under the anchor, [B, T, …], where w_position [B, T] is not 0; None without an anchor.
 
     They are computed once per iteration, as in the released code: the anchor is swapped in and out once, and it stays
     the same reference for all optimizer steps of the iteration. While the anchor is the policy that made the rollout,
@@ -511,13 +511,14 @@ def reference_means(policy, batch, config, anchor, w_position):
         return trajectory.means
     copies = samples_per_condition(config)
     means = trajectory.means.clone()  # where the weight is 0, any finite number
+    wanted = w_position.nonzero()[:, 1].view(len(means), -1)  # [B, n], steps; every sample has as many
     with torch.no_grad(), anchor.swapped_in():
-        for k in w_position.nonzero().flatten().tolist():
-            for rows in torch.arange(len(means)).split(config.micro_batch):
-                x = trajectory.states[rows, k]
-                sigma = batch.sde.sigmas[k].to(x).expand(len(rows))
+        for rows in torch.arange(len(means)).split(config.micro_batch):
+            for steps in wanted[rows].unbind(1):  # [b], one of each sample
+                x = trajectory.states[rows, steps]
+                sigma = batch.sde.sigmas[steps].to(x)
                 v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows[::copies]])
-                means[rows, k], _ = batch.sde.transition(x, v, k)
+                means[rows, steps], _ = batch.sde.transition(x, v, steps)
     return means
 
 
@@ -544,7 +545,7 @@ def micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, 
     log = {"ratio": ratio, "policy_loss": policy_loss, "kl_velocity": kl_velocity}
     kl_position = torch.zeros_like(kl_velocity)
     if means_ref is not None:
-        kl_position = w_position[steps].to(x) * gaussian_kl(mean, means_ref[rows, steps], std)
+        kl_position = w_position[rows, steps].to(x) * gaussian_kl(mean, means_ref[rows, steps], std)
         log["kl_position"] = kl_position
     w_pos, w_vel = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
     kl = dual_kl(kl_position, kl_velocity, w_pos, w_vel)

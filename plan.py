@@ -602,9 +602,9 @@ class TracedRun:
         """Forward and backward of one micro-batch."""
         config = self.config
         rows, steps = torch.arange(config.micro_batch), torch.zeros(config.micro_batch, dtype=torch.long)
-        weights = torch.ones(config.num_steps, dtype=torch.float64)
+        weights = torch.ones(config.batch_size, config.num_steps, dtype=torch.float64)
         means = self.batch.trajectory.means.clone() if self.anchor else None  # the reference's
-        loss, _ = micro_batch_loss(self.policy, self.batch, config, means, weights, rows, steps, weights, 1.0)
+        loss, _ = micro_batch_loss(self.policy, self.batch, config, means, weights, rows, steps, weights[0], 1.0)
         loss.backward()
 
     def optimizer_step(self):

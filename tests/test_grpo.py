@@ -266,7 +266,7 @@ def test_reference_means_swap_the_anchor_in_once():
         return swapped_in()
 
     anchor.swapped_in = counted
-    every = position_weights(batch.sde, 0, None, OneRank())
+    every = position_weights(batch.sde, 0, generators(0))
     means = reference_means(policy, batch, replace(CONFIG, micro_batch=2), anchor, every)
     assert len(swaps) == 1
     for k in range(T):
@@ -290,28 +290,34 @@ def test_position_kl_is_measured_against_the_anchor():
 
 
 def test_the_position_kl_of_some_steps_is_that_of_all_on_average():
-    """Gradient and metric, over all ten choices of 2 of 5 steps; and the other steps cost no reference pass."""
+    """Gradient and metric, over ten runs in which each sample draws each choice of 2 of 5 steps once; and the other
+    steps cost no reference pass. The samples of a run draw for themselves."""
     config = replace(CONFIG, kl_mode="fixed", kl_schedule="fixed", kl_lambda=0.3)
     sde, choices = SDE("sage_grpo", 0.5, sigma_schedule(T)), {}
     for seed in range(100):
-        weights = position_weights(sde, 2, generators(seed), OneRank())
+        (weights,) = position_weights(sde, 2, [torch.Generator().manual_seed(seed)])
         choices[tuple(weights.nonzero().flatten().tolist())] = seed
     assert len(choices) == math.comb(T, 2)
+    seeds = list(choices.values())
 
-    def change(kl_steps, seed=0):
+    def change(kl_steps, drawn_seeds):
         policy, batch = rolled_out(config, sde)
         anchor, start = shifted_anchor(policy, batch), policy.module.weight.detach().clone()
         optimizer, drawn = torch.optim.SGD(policy.module.parameters(), lr=1.0), replace(config, kl_steps=kl_steps)
-        metrics, _ = update(policy, batch, drawn, [optimizer], anchor, generators(seed), 0, 7)
+        own = [torch.Generator().manual_seed(seed) for seed in drawn_seeds]
+        metrics, _ = update(policy, batch, drawn, [optimizer], anchor, own, 0, 7)
         assert metrics["update_passes"] == T + (kl_steps or T)
         return policy.module.weight.detach() - start, metrics["kl_position"]
 
-    some = [change(2, seed) for seed in choices.values()]
+    some = [change(2, [seeds[(run + sample) % len(seeds)] for sample in range(B)]) for run in range(len(seeds))]
     changes, metrics = torch.stack([weights for weights, _ in some]), [metric for _, metric in some]
-    whole, metric = change(0)
+    whole, metric = change(0, range(B))
     torch.testing.assert_close(changes.mean(0), whole, rtol=1e-4, atol=1e-6)
     assert sum(metrics) / len(metrics) == pytest.approx(metric, rel=1e-4)
-    assert (changes[0] - changes[1]).abs().max() > 1e-3 and max(metrics) > 1.1 * min(metrics)
+    assert (changes[0] - changes[1]).abs().max() > 1e-4 and max(metrics) > 1.02 * min(metrics)
+    # Were the samples to share their steps, the metric would vary more.
+    shared = [change(2, [seed] * B)[1] for seed in seeds]
+    assert max(shared) - min(shared) > 1.5 * (max(metrics) - min(metrics))
 
 
 def test_the_velocity_term_has_its_weight_and_form():
@@ -571,7 +577,7 @@ def calls_of_rank(ranks, config):
     made = list(calls)
     # Every pass had the right conditions: the update's are the rollout's, and the reference's are those of one by one.
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6)
-    every = position_weights(sde, 0, None, OneRank())
+    every = position_weights(sde, 0, noise)
     one_by_one = reference_means(policy, batch, replace(config, micro_batch=1), anchor, every)
     torch.testing.assert_close(reference_means(policy, batch, config, anchor, every), one_by_one)
     x, sigma = batch.trajectory.states[:, 0], torch.ones(len(prompts))
