@@ -625,17 +625,23 @@ def print_trace(config, processes, tflops, make_optimizers, make_anchor):
     ledger = trace(config, processes, make_optimizers, make_anchor)
     counts, reward = phase_counts(config), VIDEOALIGN / 2**30
     print(f"traced, on each GPU      GiB at the peak of each phase; {reward:.1f} of them are VideoAlign's weights")
-    iteration, moved, peaks = 0.0, 0.0, {}
+    moved, peaks, flops = 0.0, {}, {}
     for name, phase in ledger.phases.items():
         parts = {kind: size / 2**30 for kind, size in phase["peak"].items()}
         peaks[name] = sum(parts.values()) + reward
-        iteration += counts[name] * phase["flops"]
+        flops[name] = counts[name] * phase["flops"]
         moved += counts[name] * phase["messages"]
         shown = " + ".join(f"{kind} {size:.1f}" for kind, size in parts.items() if size >= 0.05)
-        print(f"  {name:10} {peaks[name]:5.1f} = {shown}")
+        print(f"  {name:10} {peaks[name]:5.1f} = {shown}; {phase['flops'] / 1e15:.2f} PFLOP, {counts[name]:g} times")
     highest = max(peaks, key=peaks.get)
     computed = sum(peak_memory(config, processes // config.replicate).values())
     print(f"traced peak              {peaks[highest]:.1f} GiB, in the {highest}; computed: {computed:.1f}")
+    sampled_branches, _ = branches(config)
+    forward = flops["rollout"] / sampled_branches
+    shares = {name: flops[name] / forward for name in ("rollout", "reference", "update")}
+    shown = " + ".join(f"{name} {share:.2f}" for name, share in shares.items())
+    print(f"traced passes            {shown} = {sum(shares.values()):.2f} forward passes for each video and step")
+    iteration = sum(flops.values())
     seconds = iteration / ((tflops or TFLOPS) * 1e12)
     print(
         f"traced PFLOP             {iteration / 1e15:.0f} an iteration and GPU, VAE and {TEXT_TOKENS} text tokens counted:"
