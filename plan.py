@@ -458,7 +458,7 @@ class WithoutData(TorchFunctionMode):
 
 
 def empty_mask(frames, places, dtype, device, batch_size):
-    """In place of the VAE's own, which fills the mask row by row: thousands of rows for each tile, minutes of a trace."""
+    """In place of the VAE's own, which fills the mask row by row: thousands for each tile, minutes of a trace."""
     tokens = frames * places
     return torch.empty(tokens, tokens, dtype=dtype, device=device).expand(batch_size, -1, -1)
 

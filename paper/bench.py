@@ -185,7 +185,8 @@ def bench_exponents(folder, rounds=3, base=(4, 4, 9)):
     """{what grows: exponents of FLOPs and seconds}, from a doubling of each: T, samples, frames of the video."""
     model = build_tiny_hunyuan(folder / "exponents" / "tiny")
     base = dict(zip(("num_steps", "batch_size", "frames"), base, strict=True))
-    doubled = {"num_steps": 2 * base["num_steps"], "batch_size": 2 * base["batch_size"], "frames": 2 * base["frames"] - 1}
+    doubled = {name: 2 * value for name, value in base.items()}
+    doubled["frames"] -= 1
     iterations = []
     for changed in (base, *(base | {name: value} for name, value in doubled.items())):
         options = [part for key, value in changed.items() for part in (f"--{key}", str(value))]
