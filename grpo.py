@@ -485,7 +485,7 @@ def position_weights(sde, count, generators):
     Each trained step has the mean weight 1, so the mean gradient over draws is the one with all steps, which 0 stands
     for. The other steps need no reference pass. Each sample draws its own steps, so that the samples of an iteration
     together have the KL of nearly all steps; if all had the same few, the gradient would vary far more from one
-    iteration to the next (measured: RESULTS.md, "What an iteration costs").
+    iteration to the next (measured: RESULTS.md, "The miniature").
     """
     if not count:
         return sde.stochastic.double().expand(len(generators), -1)

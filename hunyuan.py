@@ -939,12 +939,8 @@ def memory_estimate(
     width = sizes.num_attention_heads * sizes.attention_head_dim  # D
     n = tokens + LONGEST_TEXT
     total = transformer.num_parameters()  # P
-    if lora_rank:
-        trained = lora_parameters(transformer, lora_rank)  # T
-        weights = 2 * total + 4 * trained
-    else:
-        trained = transformer.num_parameters(only_trainable=True)
-        weights = 4 * total
+    trained = trained_parameters(transformer, lora_rank)  # T
+    weights = 2 * total + 4 * trained if lora_rank else 4 * total
     moments = 8 * trained
     if muon:
         moments -= 4 * muon_parameters(transformer, lora_rank)
@@ -977,6 +973,13 @@ def gathered_bytes(transformer, gpus, lora_rank):
     copies = 2 * (total - other_blocks)
     block_gradients = 0 if lora_rank else (2 + 4) * block
     return copies + block_gradients
+
+
+def trained_parameters(transformer, lora_rank):
+    """Parameters that are trained in a transformer that `prepare` made without a LoRA, or in a LoRA on it."""
+    if lora_rank:
+        return lora_parameters(transformer, lora_rank)
+    return transformer.num_parameters(only_trainable=True)
 
 
 def lora_parameters(transformer, lora_rank):

@@ -120,8 +120,7 @@ def peak_memory(config, shards):
 
 
 def rollout_bytes(config):
-    """What a rank keeps of its samples: states, means, the reference's means, and a branch of guidance if it is stored.
-    """
+    """Of a rank's samples: states, means, the reference's means, and a branch of guidance if it is stored."""
     import hunyuan
 
     latents = 1 + config.num_steps  # states
@@ -291,9 +290,8 @@ def messages(config, ranks, architecture=None):
     sizes = transformer.config
     width = 2 if config.compute_dtype == "bfloat16" else 4
     total = transformer.num_parameters()
-    trained = transformer.num_parameters(only_trainable=True)
+    trained = hunyuan.trained_parameters(transformer, config.lora_rank)
     if config.lora_rank:
-        trained = hunyuan.lora_parameters(transformer, config.lora_rank)
         total += trained
     counts = pass_counts(config).values()
     calls = config.batch_size * config.num_steps / samples_per_condition(config)  # for each pass of a video and step
@@ -316,11 +314,9 @@ def messages(config, ranks, architecture=None):
 def host_memory(config, ranks):
     """(bytes of a machine's memory while a model is read, while it trains)."""
     offloaded = 0.0
-    w_pos, _ = kl_weights(config.kl_mode)
-    if config.anchor_offload and w_pos:
-        shards = ranks // config.replicate
-        anchor = memory(dataclasses.replace(config, anchor_offload=False), shards)["anchor"] * 2**30
-        offloaded = anchor * min(ranks, GPUS_PER_MACHINE)
+    if config.anchor_offload:
+        of_one_gpu = memory(dataclasses.replace(config, anchor_offload=False), ranks // config.replicate)["anchor"]
+        offloaded = 2**30 * of_one_gpu * min(ranks, GPUS_PER_MACHINE)
     return max(TEXT_ENCODER, offloaded), offloaded
 
 
@@ -644,8 +640,8 @@ def print_trace(config, processes, tflops, make_optimizers, make_anchor):
     iteration = sum(flops.values())
     seconds = iteration / ((tflops or TFLOPS) * 1e12)
     print(
-        f"traced PFLOP             {iteration / 1e15:.0f} an iteration and GPU, VAE and {TEXT_TOKENS} text tokens counted:"
-        f" {seconds / 60:.1f} minutes, {config.iterations * seconds / 3600:.1f} hours for all {config.iterations}"
+        f"traced PFLOP             {iteration / 1e15:.0f} an iteration and GPU, VAE and {TEXT_TOKENS} text tokens"
+        f" counted: {seconds / 60:.1f} minutes, {config.iterations * seconds / 3600:.1f} hours for all {config.iterations}"
     )
     print(f"traced messages (TiB)    {moved / 2**40:.1f} an iteration over each GPU's link")
     print(f"traced in                {time.perf_counter() - started:.0f} s")

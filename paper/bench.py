@@ -232,7 +232,10 @@ def bench_checkpoint(folder, rounds=5):
         checkpoint.load_weights(checkpoint.choose(run), setup.policy.module)
 
     plain, saved, loaded = in_turns([copy, save, load], rounds)
-    return {"checkpoint written / file copied": saved / plain, "checkpoint verified and read / file copied": loaded / plain}
+    return {
+        "checkpoint written / file copied": saved / plain,
+        "checkpoint verified and read / file copied": loaded / plain,
+    }
 
 
 ORDERS = {

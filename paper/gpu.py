@@ -122,16 +122,10 @@ def flops_with_backward(per_pass, checkpointing):
 def measure_decode(vae, size, device):
     policy = SimpleNamespace(vae=vae)
     latents = torch.randn(1, *hunyuan.latent_shape(*size), device=device)
-    started = clock(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    hunyuan.HunyuanPolicy.decode(policy, latents)
-    row = {"decode seconds": clock(device) - started}
-    if device.type == "cuda":
-        weights = sum(parameter.nbytes for parameter in vae.parameters())
-        row["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-        row["computed GiB"] = (weights + DECODE_BYTES * size[0] * 256**2) / 2**30
-    return row
+    seconds, peak = measured(lambda: hunyuan.HunyuanPolicy.decode(policy, latents), device)
+    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    computed = (weights + DECODE_BYTES * size[0] * 256**2) / 2**30
+    return {"decode seconds": seconds, "peak GiB": peak, "computed GiB": computed}
 
 
 def measure_all(device, sizes, architecture, vae_config, side):

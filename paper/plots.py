@@ -135,7 +135,7 @@ def reward_per_pass(arms, passes, path):
         axis.errorbar(
             passes[arm], mean, half, color=colour, marker=marker, mfc=filled, ms=7, capsize=3, ls="", label=arm
         )
-    axis.set_xlabel("forward passes of the run for each of an iteration's videos and sampling steps, at the paper's size")
+    axis.set_xlabel("forward passes of the run for each video and sampling step of an iteration, at the paper's size")
     axis.set_ylabel("gain in reward")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     finish(figure, [axis], path, [])

@@ -175,7 +175,7 @@ def test_the_stock_pipeline_makes_the_same_video_from_the_export(run, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
 
     config, _ = parse(["--resume", str(run)])
-    policy = train.load_hunyuan(config, run, torch.device("cpu"), None)
+    policy = train.load_hunyuan(config, run, torch.device("cpu"), mesh=None, context=None)
     checkpoint.load_weights(checkpoint.choose(run), policy.module)
     prompt = "a large red blob moves left fast"
     noise = torch.randn(1, *policy.latent_shape, generator=checkpoint.generator("noise"))

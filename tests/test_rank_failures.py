@@ -93,6 +93,7 @@ def script(fault, folder, timeout):
     train.parse = lambda arguments: (config, options)
     train.build = lambda *arguments: (policy, reward, reward, ["a", "b"], [])
     train.run_evaluation = lambda *arguments: {}
+    train.load_of_gpu = lambda *arguments: {}  # it counts the FLOPs of a transformer
     train.pictures.report = lambda *arguments: None
     run_as_rank(lambda: train.main([]))
 
