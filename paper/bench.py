@@ -190,7 +190,7 @@ def bench_exponents(folder, rounds=3, base=(4, 4, 9)):
     iterations = []
     for changed in (base, *(base | {name: value} for name, value in doubled.items())):
         options = [part for key, value in changed.items() for part in (f"--{key}", str(value))]
-        iterations.append(tiny_setup(model, *options).iteration)
+        iterations.append(tiny_setup(model, "--micro_batch", str(base["batch_size"]), *options).iteration)
     flops = [counted(function) for function in iterations]
     times = in_turns(iterations, rounds)
     exponents = {}

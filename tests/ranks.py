@@ -136,6 +136,7 @@ def main(arguments):
     torch.set_num_threads(1)
     obey_cpu_capability()
     train.collect = collect_with_rewards_by_place
+    evaluation, report = train.run_evaluation, train.pictures.report
     runs = [[]]
     for argument in arguments:
         if argument == "/":
@@ -149,6 +150,10 @@ def main(arguments):
         elif run[0] == "host-memory":
             host_memory(*run[1:], dist.get_rank(), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
         else:
+            # The runs in bf16 evaluate and draw. Of the others the training alone is compared.
+            draws = any("bf16" in argument for argument in run)
+            train.run_evaluation = evaluation if draws else lambda *arguments: {}
+            train.pictures.report = report if draws else lambda *arguments: None
             train.main(run)
 
 
