@@ -91,15 +91,18 @@ def all_heads(x, group):
 
 def exchange(x, split, join, group):
     """Cut x along one dimension, give each rank its piece, and join what comes from the ranks along another."""
-    pieces = torch.stack(x.chunk(group.size(), split))  # [C, …], contiguous
+    # [C, …]. Collectives take contiguous tensors; `stack` may keep another order of x in memory, which some of
+    # attention's kernels give to gradients.
+    pieces = torch.stack(x.chunk(group.size(), split)).contiguous()
     received = torch.empty_like(pieces)
     dist.all_to_all_single(received, pieces, group=group)
     return torch.cat(received.unbind(), join)
 
 
 def gather(x, dim, group):
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(parts, x.contiguous(), group=group)
+    dist.all_gather(parts, x, group=group)
     return torch.cat(parts, dim)
 
 
@@ -126,9 +129,8 @@ class AllHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        total = gradient.float()  # a sum in bf16 would round once more for each rank
-        if total is gradient:
-            total = gradient.clone()  # all_reduce writes into it
+        # A copy, which all_reduce writes into; in float32, since a sum in bf16 would round once more for each rank.
+        total = gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return own_part(total, 2, ctx.group).to(gradient.dtype), None
 
