@@ -2,10 +2,12 @@
 
     python -m paper.gpu                  some minutes on a GPU with 48 GiB or more; a table for RESULTS.md
     python -m paper.gpu --tiny           the same of a tiny model, on a CPU, too
-    python -m paper.gpu --out FILE       the numbers as JSON, too
+    python -m paper.gpu --out FILE       the numbers as JSON, too; each is written as soon as it is measured
 
-A LoRA of rank 64 over a bf16 base, because that fits one GPU. For videos of both of the paper's sizes, for each
-attention kernel that runs, and once with compiled blocks:
+A LoRA of rank 64 over a bf16 base, because that fits one GPU: each attention kernel that runs, at the smaller of the
+paper's sizes; the fastest of them at both, and with the attention's output kept for backward. A third of the blocks,
+trained in full with float32 masters, as FSDP trains them. The VAE's decoding in float32. Last, compiled blocks, since
+a compiler is what is likeliest to fail. A row has:
 
     seconds    of a forward pass, and of one with backward, after a first call that warms up
     TFLOP/s    of all FLOPs of the pass with backward, those of checkpointing's second forward among them: what
@@ -14,7 +16,7 @@ attention kernel that runs, and once with compiled blocks:
                not count (model-FLOP utilisation)
     peak       of GPU memory in the pass with backward, beside what hunyuan.memory_estimate computes for the same parts
 
-The last rows decode a video by the VAE in float32. Without a GPU there are no peaks.
+Without a GPU there are no peaks.
 """
 
 import argparse
@@ -34,7 +36,8 @@ from plan import DECODE_BYTES, GLYPH_TOKENS, TEXT_TOKENS, pass_with_gradient
 LORA_RANK = 64
 SIZES = {"352 × 624 × 81": (81, 352, 624), "480 × 832 × 81": (81, 480, 832)}
 TINY_SIZES = {"64 × 64 × 5": (5, 64, 64)}
-ROUNDS = 3
+ROUNDS = 2
+PART = 3  # full training is measured on one block in so many
 
 
 def measured(function, device):
@@ -58,9 +61,10 @@ def matrix_rate(device, side):
     return 2 * side**3 / seconds
 
 
-def random_policy(device, architecture):
-    """The released transformer with a LoRA, its weights drawn at random, as a policy without guidance."""
-    transformer = hunyuan.prepare(hunyuan.meta_transformer(architecture, torch.bfloat16), LORA_RANK)
+def random_policy(device, architecture, lora_rank, checkpointing="full"):
+    """The released transformer, its weights drawn at random, as a policy without guidance."""
+    dtype = torch.bfloat16 if lora_rank else torch.float32
+    transformer = hunyuan.prepare(hunyuan.meta_transformer(architecture, dtype), lora_rank, checkpointing)
     transformer.to_empty(device=device)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -82,7 +86,7 @@ def usable_kernels(device, head_dim):
     return names
 
 
-def measure_pass(policy, size, rate, device):
+def measure_pass(policy, size, rate, device, lora_rank=LORA_RANK, checkpointing="full"):
     """The numbers of one row of the table."""
     sizes = policy.module.config
     x = torch.randn(1, *hunyuan.latent_shape(*size), device=device)
@@ -100,22 +104,24 @@ def measure_pass(policy, size, rate, device):
     forward_seconds, _ = measured(forward, device)
     seconds, peak = measured(with_backward, device)
     tokens = hunyuan.token_count(*size)
-    parts = hunyuan.memory_estimate(tokens, 1, LORA_RANK, config=sizes, branches=1)
+    estimate = {"config": sizes, "branches": 1, "checkpointing": checkpointing}
+    parts = hunyuan.memory_estimate(tokens, 1, lora_rank, **estimate)
     per_pass = hunyuan.pass_flops(tokens, sizes)
     return {
         "forward seconds": forward_seconds,
         "with backward": seconds,
-        "TFLOP/s": flops_with_backward(per_pass, "full") / seconds / 1e12,
+        "TFLOP/s": flops_with_backward(per_pass, lora_rank, checkpointing) / seconds / 1e12,
         "share forward": sum(per_pass) / forward_seconds / rate,
-        "share with backward": flops_with_backward(per_pass, "none") / seconds / rate,
+        "share with backward": flops_with_backward(per_pass, lora_rank, "none") / seconds / rate,
         "peak GiB": peak,
-        "computed GiB": sum(parts[name] for name in ("weights", "gradients", "activations")),
+        "computed GiB": sum(parts[name] for name in ("weights", "gathered", "gradients", "activations")),
     }
 
 
-def flops_with_backward(per_pass, checkpointing):
-    """FLOPs of a pass of a LoRA with backward."""
-    config, _ = parse(["--preset", "paper", "--dry-run", "--lora_rank", "1", "--checkpointing", checkpointing])
+def flops_with_backward(per_pass, lora_rank, checkpointing):
+    """FLOPs of a pass with backward."""
+    options = ["--lora_rank", str(lora_rank), "--checkpointing", checkpointing]
+    config, _ = parse(["--preset", "paper", "--dry-run", *options])
     return sum(times * flops for times, flops in zip(pass_with_gradient(config), per_pass, strict=True))
 
 
@@ -129,28 +135,48 @@ def measure_decode(vae, size, device):
 
 
 def measure_all(device, sizes, architecture, vae_config, side):
-    """{row: {number: value}}."""
+    """Yield (row, {number: value})."""
     rate = matrix_rate(device, side)
-    rows = {f"{device}, bf16 matrices of {side} × {side}": {"TFLOP/s": rate / 1e12}}
-    policy = random_policy(device, architecture)
-    kernels = usable_kernels(device, policy.module.config.attention_head_dim)
-    for kernel in kernels:
+    yield f"{device}, bf16 matrices of {side} × {side}", {"TFLOP/s": rate / 1e12}
+    small, *larger = sizes
+    policy = random_policy(device, architecture, LORA_RANK)
+    seconds = {}
+    for kernel in usable_kernels(device, policy.module.config.attention_head_dim):
         use_kernel(policy.module, kernel)
-        for name, size in sizes.items():
-            rows[f"{name}, {kernel}"] = measure_pass(policy, size, rate, device)
-    use_kernel(policy.module, kernels[0])
-    hunyuan.compile_blocks(policy.module)
-    for name, size in sizes.items():
-        rows[f"{name}, {kernels[0]}, compiled"] = measure_pass(policy, size, rate, device)
+        row = measure_pass(policy, sizes[small], rate, device)
+        seconds[kernel] = row["with backward"]
+        yield f"{small}, {kernel}", row
+    fastest = min(seconds, key=seconds.get)
+    use_kernel(policy.module, fastest)
+    for name in larger:
+        yield f"{name}, {fastest}", measure_pass(policy, sizes[name], rate, device)
+    blocks = policy.module.config.num_layers
     del policy
+
+    for title, layers, lora_rank, checkpointing in (
+        ("attention's output kept", blocks, LORA_RANK, "attention"),
+        (f"full training of {blocks // PART or 1} blocks", blocks // PART or 1, 0, "full"),
+    ):
+        policy = random_policy(device, {**(architecture or {}), "num_layers": layers}, lora_rank, checkpointing)
+        use_kernel(policy.module, fastest)
+        for name, size in sizes.items():
+            yield f"{name}, {title}", measure_pass(policy, size, rate, device, lora_rank, checkpointing)
+        del policy
+
     torch.manual_seed(0)
     with device:
         vae = hunyuan.AutoencoderKLHunyuanVideo15.from_config(vae_config).requires_grad_(False)
     vae.enable_slicing()
     vae.enable_tiling()
     for name, size in sizes.items():
-        rows[f"{name}, VAE"] = measure_decode(vae, size, device)
-    return rows
+        yield f"{name}, VAE", measure_decode(vae, size, device)
+    del vae
+
+    policy = random_policy(device, architecture, LORA_RANK)
+    use_kernel(policy.module, fastest)
+    hunyuan.compile_blocks(policy.module)
+    for name, size in sizes.items():
+        yield f"{name}, compiled", measure_pass(policy, size, rate, device)
 
 
 def use_kernel(transformer, kernel):
@@ -179,13 +205,17 @@ def main(arguments=None):
     if options.tiny:
         from tiny.hunyuan import tiny_transformer, tiny_vae
 
-        rows = measure_all(device, TINY_SIZES, dict(tiny_transformer().config), dict(tiny_vae().config), 256)
+        measurements = measure_all(device, TINY_SIZES, dict(tiny_transformer().config), dict(tiny_vae().config), 256)
     else:
-        rows = measure_all(device, SIZES, None, {}, 8192)
+        measurements = measure_all(device, SIZES, None, {}, 8192)
+    rows = {}
+    for title, row in measurements:
+        rows[title] = row
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in row.items() if value is not None)
+        print(f"{title}: {numbers} ({time.perf_counter() - started:.0f} s)", flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
     print(markdown(rows))
-    print(f"in {time.perf_counter() - started:.0f} s")
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

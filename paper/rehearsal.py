@@ -29,6 +29,8 @@ SEEDS = range(5)
 SHORT = ["--iterations", "8", "--eval_every", "8", "--checkpoint_every", "4"]
 TWO_RANKS = 2
 HALVED = ["--guidance_gradient", "conditional", "--checkpointing", "attention", "--kl_steps", "3"]
+FEW_NOISY = ["--sde_steps", "4"]
+TWICE = ["--iterations", "16"]
 LORA = ["--lora_rank", "16", "--learning_rate", "5e-3"]  # the best of 5e-4, 2e-3, 5e-3 and 1e-2 on seed 0
 
 
@@ -51,10 +53,12 @@ def arms():
         "equalizer off": ["--no-equalizer"],
         "two optimizer steps": ["--optimizer_steps", "2", "--anchor_every", "20"],
         "position KL on 3 of 10 steps": ["--kl_steps", "3"],
-        "noise on 4 steps of the first 6": ["--sde_steps", "4"],
+        "noise on 4 steps of the first 6": FEW_NOISY,
         "halved passes": HALVED,
         # as many FLOPs as a short run
-        "halved passes, twice the iterations": [*HALVED, "--iterations", "16"],
+        "halved passes, twice the iterations": [*HALVED, *TWICE],
+        "noise on 4 steps, twice the iterations": [*FEW_NOISY, *TWICE],
+        "noise on 4 steps, twice the iterations, equalizer off": [*FEW_NOISY, *TWICE, "--no-equalizer"],
         **{sampler: ["--sde_type", sampler] for sampler in samplers},
     }
 
