@@ -248,11 +248,11 @@ ORDERS = {
 }
 
 
-def bench_order(folder, rounds=3, steps=4):
+def bench_order(folder, rounds=3, size=("--num_steps", "4")):
     """{our options: FLOPs and seconds of an iteration by those of the released order}."""
     model = build_tiny_hunyuan(folder / "order" / "tiny")
-    setups = {name: tiny_setup(model, "--num_steps", str(steps), *options) for name, options in ORDERS.items()}
-    released = tiny_setup(model, "--num_steps", str(steps)).released_order
+    setups = {name: tiny_setup(model, *size, *options) for name, options in ORDERS.items()}
+    released = tiny_setup(model, *size).released_order
     flops = counted(released)
     base, *times = in_turns([released, *(setup.iteration for setup in setups.values())], rounds)
     ratios = {}

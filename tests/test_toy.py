@@ -89,7 +89,7 @@ def test_noise_of_the_last_step_is_seen_by_the_reward():
     assert distance[True] > 1.5 * distance[False]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_grpo_raises_the_reward(seed, tmp_path):
     train.main(
         ["--runs", str(tmp_path), "--name", "learns", "--seed", str(seed), "--iterations", "15", "--eval_every", "15"]
