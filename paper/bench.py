@@ -36,6 +36,7 @@ from checkpoint import generator
 from config import parse
 from paper import plots
 from paper.ablate import read_results, write_results
+from paper.claims import bench_table
 from paper.rehearsal import SHORT, arms
 from sde import SDE, SDE_TYPES, log_prob, sigma_schedule
 from tiny.hunyuan import build_tiny_hunyuan
@@ -288,11 +289,6 @@ BENCHES = {
 }
 
 
-def markdown(table):
-    lines = ["| what | ratio |", "| --- | --- |"]
-    return "\n".join(lines + [f"| {name} | {value:.3g} |" for part in table.values() for name, value in part.items()])
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="[default: all]")
@@ -305,7 +301,7 @@ def main():
             table[name] = {key: round(value, 4) for key, value in BENCHES[name](Path(folder)).items()}
         write_results(Path("results.json"), results)
         print(f"{name}: done", flush=True)
-    print(markdown(table))
+    print(bench_table(table))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ def test_options_and_files_named_in_the_readme_exist(capsys):
         "--nnodes",
         "--nproc-per-node",
         "--max-restarts",
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
         "--json",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
