@@ -764,7 +764,7 @@ def compile_blocks(transformer, backend="inductor"):
     """
     if next(transformer.parameters()).device.type == "cpu":
         torch._inductor.config.cpp.simdlen = 0
-    # A graph for the first, the last and the other blocks, each with and without gradient, of one sample and of several.
+    # Graphs for the first, the last and the other blocks, each with and without gradient, of one sample and of several.
     torch._dynamo.config.recompile_limit = max(12, torch._dynamo.config.recompile_limit)
     for block in transformer.transformer_blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=backend)

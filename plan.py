@@ -639,9 +639,10 @@ def print_trace(config, processes, tflops, make_optimizers, make_anchor):
     print(f"traced passes            {shown} = {sum(shares.values()):.2f} forward passes for each video and step")
     iteration = sum(flops.values())
     seconds = iteration / ((tflops or TFLOPS) * 1e12)
+    hours = config.iterations * seconds / 3600
     print(
         f"traced PFLOP             {iteration / 1e15:.0f} an iteration and GPU, VAE and {TEXT_TOKENS} text tokens"
-        f" counted: {seconds / 60:.1f} minutes, {config.iterations * seconds / 3600:.1f} hours for all {config.iterations}"
+        f" counted: {seconds / 60:.1f} minutes, {hours:.1f} hours for all {config.iterations}"
     )
     print(f"traced messages (TiB)    {moved / 2**40:.1f} an iteration over each GPU's link")
     print(f"traced in                {time.perf_counter() - started:.0f} s")

@@ -243,7 +243,9 @@ def bench_checkpoint(folder, rounds=5, side=3000):
 ORDERS = {
     "our defaults": (),
     "attention's output kept": ("--checkpointing", "attention"),
-    "conditional gradient, attention's output kept, KL on a quarter of the steps": (
+    "KL on a quarter of the steps": ("--kl_steps", "1"),
+    "conditional gradient": ("--guidance_gradient", "conditional"),
+    "all three": (
         *("--guidance_gradient", "conditional", "--checkpointing", "attention", "--kl_steps", "1"),
     ),
 }

@@ -241,8 +241,8 @@ OURS = [
 ]
 CLAIMS = PAPER + OURS
 
-# {text of a claim: the pair of arms of paper.rehearsal that it compares}. They end after 8 iterations, in setting A, with
-# a noisy last step and one λ_KL for all.
+# {text of a claim: the pair of arms of paper.rehearsal that it compares}. They end after 8 iterations, in setting A,
+# with a noisy last step and one λ_KL for all.
 ON_MINIATURE = {
     TABLE_2[0].text: ("short run", "dance_grpo"),
     TABLE_2[1].text: ("short run", "flow_grpo"),

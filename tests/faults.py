@@ -222,7 +222,8 @@ def result(run):
         tensors |= load_file(path)
     lines = []
     for line in checkpoint.read_log(run):
-        lines.append({name: value for name, value in line.items() if not re.match("eval_|.*_seconds$|tflops$|allowed$", name)})
+        left_out = re.compile("eval_|.*_seconds$|tflops$|allowed$")
+        lines.append({name: value for name, value in line.items() if not left_out.match(name)})
     return last.name, tensors, lines
 
 

@@ -128,7 +128,10 @@ def test_every_preset_can_run():
         ),
         (["--preset", "paper", "--dry-run", "--gpus", "16", "--replicate", "3"], "replicate must divide the ranks"),
         (["--preset", "paper", "--dry-run", "--gpus", "8", "--context_parallel", "3"], "must divide the ranks"),
-        (["--preset", "paper", "--dry-run", "--gpus", "8", "--context_parallel", "4"], "got 4 and 18,018 for 81 frames of 352 × 624; use 352 × 608"),
+        (
+            ["--preset", "paper", "--dry-run", "--gpus", "8", "--context_parallel", "4"],
+            "got 4 and 18,018 for 81 frames of 352 × 624; use 352 × 608",
+        ),
         (["--preset", "paper", "--dry-run", "--frames", "80"], "frames must be 4k + 1"),
         (["--preset", "paper", "--dry-run", "--eval_width", "850"], "height and width must be multiples of 16"),
         (["--preset", "paper", "--dry-run", "--lora_rank", "-1"], "lora_rank must lie in [0, 4096]: got -1"),
