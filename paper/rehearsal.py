@@ -31,6 +31,8 @@ TWO_RANKS = 2
 HALVED = ["--guidance_gradient", "conditional", "--checkpointing", "attention", "--kl_steps", "3"]
 FEW_NOISY = ["--sde_steps", "4"]
 TWICE = ["--iterations", "16"]
+# The release's optimizer, at the best of 5e-4, 1e-3, 2e-3 and 4e-3 on seed 5
+MUON = ["--optimizer", "muon", "--weight_decay", "0.01", "--learning_rate", "2e-3"]
 LORA = ["--lora_rank", "16", "--learning_rate", "5e-3"]  # the best of 5e-4, 2e-3, 5e-3 and 1e-2 on seed 0
 
 
@@ -51,6 +53,7 @@ def arms():
         "anchor refreshed every 2 optimizer steps": ["--anchor_every", "2"],
         "no KL": ["--kl_mode", "none"],
         "equalizer off": ["--no-equalizer"],
+        "Muon": MUON,
         "two optimizer steps": ["--optimizer_steps", "2", "--anchor_every", "20"],
         "position KL on 3 of 10 steps": ["--kl_steps", "3"],
         "noise on 4 steps of the first 6": FEW_NOISY,
