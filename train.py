@@ -508,7 +508,8 @@ def show_end(config, run, iteration, done, eval_prompts, world_size):
     if config.model == MINI:
         from tiny import miniature
 
-        print(miniature.verdict(checkpoint.read_log(run), departures(config, world_size)))
+        differing = departures(config, world_size)
+        print(miniature.verdict(checkpoint.read_log(run), differing, lora=config.lora_rank > 0))
 
 
 if __name__ == "__main__":

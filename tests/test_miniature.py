@@ -128,19 +128,25 @@ def test_the_ranks_share_the_samples_of_the_preset(capsys):
 
 
 def test_the_verdict_compares_like_with_like():
-    (low, high), (start, _) = miniature.REFERENCE["after"], miniature.REFERENCE["before"]
+    start, _ = miniature.BEFORE
 
-    def said(before, after, departures=()):
-        return miniature.verdict([{"eval_reward": before}, {"loss": 1}, {"eval_reward": after}], departures)
+    def said(before, after, departures=(), lora=False):
+        return miniature.verdict([{"eval_reward": before}, {"loss": 1}, {"eval_reward": after}], departures, lora)
 
-    assert said(start, low).endswith(": as expected")
-    assert "NOT as expected, though it starts where it must" in said(start, low - 0.01)
-    assert "NOT as expected: it must start within" in said(start - 0.01, low)
+    for lora, (low, high, _) in ((False, miniature.AFTER["full"]), (True, miniature.AFTER["LoRA"])):
+        assert said(start, low, lora=lora).endswith(": as expected")
+        assert "NOT as expected, though it starts where it must" in said(start, low - 0.01, lora=lora)
+        assert "NOT as expected, though it starts where it must" in said(start, high + 0.01, lora=lora)
+        assert "NOT as expected: it must start within" in said(start - 0.01, low, lora=lora)
     assert said(start, 0.1, ["eta"]).endswith("no reference, since eta differ from the mini preset's")
     config = Config(**PRESETS[MINI])
     assert departures(config, 1) == [] and departures(config, 2) == ["batch_size"]
-    config.compute_dtype, config.seed, config.eta, config.lora_rank = "bfloat16", 7, 0.4, 16
-    assert departures(config, 1) == ["eta", "lora_rank"]
+    config.compute_dtype, config.seed, config.lora_rank = "bfloat16", 7, 16
+    assert departures(config, 1) == ["learning_rate"]  # a LoRA is compared with the LoRAs, at their learning rate
+    config.learning_rate = 5e-3
+    assert departures(config, 1) == []
+    config.eta, config.lora_rank = 0.4, 8
+    assert sorted(departures(config, 1)) == ["eta", "lora_rank"]
 
 
 # ---------------------------------------------------------------------------------------------- learning
