@@ -11,12 +11,14 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import faults
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -531,6 +533,22 @@ def test_a_restarted_launch_goes_on_in_the_same_folder(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("tiny-*")) == ["tiny-1"]
     assert [line["iteration"] for line in checkpoint.read_log(tmp_path / "tiny-1")] == [0, 1, 2, 3]
     assert not list(tmp_path.glob(".launch-*"))
+
+
+def test_each_restart_has_names_of_its_own_in_the_launchers_store(monkeypatch):
+    """So that no rank finds the address of one that has died, which happens once in some restarts, by their timing."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "0", "WORLD_SIZE": "1"}
+    launcher |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    names = []
+    for restart in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        train.join_ranks("gloo", timedelta(seconds=60))
+        dist.destroy_process_group()
+        names.append(store.num_keys())
+    assert names[1] == 2 * names[0] > 0
 
 
 # ---------------------------------------------------------------------------------------------- numbers of ranks
