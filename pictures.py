@@ -20,6 +20,7 @@ FONT_SIZE = 12  # pixels
 FONT = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), FONT_SIZE)  # matplotlib brings this font along
 LETTER = 0.6 * FONT_SIZE  # average width of a letter, in pixels
 GAP = 6  # pixels between two videos
+MOST_ROWS = 16  # of a contact sheet
 
 
 # ------------------------------------------------------------------------------------------------ curves
@@ -111,22 +112,25 @@ def to_image(frame):
 def contact_sheet(videos, prompts, path, columns=4):
     """A PNG with one row for each prompt: its text, and `columns` frames of uint8 videos [prompts, F, 3, H, W].
 
-    Frames narrower than 60 pixels are drawn larger, by a whole factor, so that text and picture can be read.
+    More than MOST_ROWS prompts stand in blocks beside each other, read from top to bottom. Frames narrower than 60
+    pixels are drawn larger, by a whole factor, so that text and picture can be read.
     """
-    places = np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)
+    frames = np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)
     enlarge = math.ceil(60 / videos.shape[4])
     height, width = (enlarge * size for size in videos.shape[3:])
     text_height = FONT_SIZE + 6
-    row_height = text_height + height + GAP
-    canvas = Image.new("RGB", (columns * (width + GAP), len(videos) * row_height), "white")
+    row_height, block_width = text_height + height + GAP, columns * (width + GAP)
+    blocks = math.ceil(len(videos) / MOST_ROWS)
+    rows = math.ceil(len(videos) / blocks)
+    canvas = Image.new("RGB", (blocks * block_width, rows * row_height), "white")
     draw = ImageDraw.Draw(canvas)
-    for row, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
-        top = row * row_height
-        line = textwrap.shorten(prompt, int(canvas.width / LETTER), placeholder=" …")
-        draw.text((2, top + 1), line, "black", FONT)
-        for column, place in enumerate(places):
-            picture = to_image(video[place]).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (column * (width + GAP), top + text_height))
+    for place, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
+        left, top = place // rows * block_width, place % rows * row_height
+        line = textwrap.shorten(prompt, int(block_width / LETTER), placeholder=" …")
+        draw.text((left + 2, top + 1), line, "black", FONT)
+        for column, frame in enumerate(frames):
+            picture = to_image(video[frame]).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + column * (width + GAP), top + text_height))
     canvas.save(path)
 
 

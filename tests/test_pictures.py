@@ -47,6 +47,17 @@ def test_contact_sheet_shows_first_and_last_frame(tmp_path):
     np.testing.assert_array_equal(last, made[1, 4].transpose(1, 2, 0))
 
 
+def test_contact_sheet_of_many_prompts_has_blocks_beside_each_other(tmp_path):
+    many = 2 * pictures.MOST_ROWS + 1  # so three blocks, of 11 rows each
+    made = videos(many, 2, 40, 60)
+    pictures.contact_sheet(made, ["a prompt"] * many, tmp_path / "sheet.png", columns=2)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    row_height, block_width = sheet.shape[0] // 11, sheet.shape[1] // 3
+    bottom = 2 * row_height - pictures.GAP
+    seen = sheet[bottom - 40 : bottom, block_width : block_width + 60]  # the second block's second row
+    np.testing.assert_array_equal(seen, made[12, 0].transpose(1, 2, 0))
+
+
 def test_side_by_side_puts_after_below_before():
     before = np.zeros((1, 3, 12, 12), dtype=np.uint8)
     after = np.full((1, 3, 12, 12), 200, dtype=np.uint8)
