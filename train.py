@@ -475,7 +475,7 @@ def show_step(bar, config, k):
 
 def show_iteration(run, config, bar, board, line):
     """On the bar, or as a line of its own where stderr is a file: a bar would fill it with its redrawings."""
-    if "eval_reward" in line:
+    if "eval_reward" in line and line["iteration"] < config.iterations:  # the last ones come with the run's pictures
         draw_curves(run, config)
     bar.update()
     kl = line.get("kl_position", line["kl_velocity"])
