@@ -21,7 +21,8 @@ def equalizer_scales(sde, guard=1e-12):
     """Eq. 9:  S_t = median_τ(N_τ) / (N_t + guard). It multiplies the policy term of step t, not the KL.
 
     The median runs over the stochastic steps only and is torch's lower median, as in the released code: deterministic
-    steps would drag it to 0. They get S_t = 0. Returns float64 [T]. ValueError where no step is stochastic.
+    steps would drag it to 0. They get S_t = 0. Where --sde_steps draws the stochastic steps, the median depends on the
+    draw, and with it the size of an update. Returns float64 [T]. ValueError where no step is stochastic.
     """
     norms = gradient_norms(sde)
     if not sde.stochastic.any():

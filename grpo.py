@@ -4,12 +4,14 @@
     update:   for every trained step of every sample:
               L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL  with the clipped ratio → backward
               then clip the gradient norm → optimizer → anchor
+    evaluate: noise → ODE samples → decode → rewards
 
 Words:
     iteration       one rollout of all samples and the update on it
     optimizer step  one step of the optimizer; config.optimizer_steps of them in an iteration, the paper's number is 1
     step            one of the T sampling steps of a rollout
     micro-batch     one forward and backward pass
+    pass            one forward pass of the network for one video
 
 **What one optimizer step per iteration implies.** During all backward passes θ still is the policy that made the
 rollout. So the ratio is 1 at every one of them and the clip of Eq. 4 never acts; the closed form of the step-wise KL
@@ -23,32 +25,27 @@ A policy is any object with
     latent_shape      shape of one training sample's x, without the batch
     encode(prompts)   -> list with one condition per prompt, of whatever kind velocity takes
     velocity(x [B, …], sigma [B], cond list of P) -> v [B, …]; gradients flow; guidance is inside. P divides B, and
-                      each condition is that of B / P samples next to each other, so that they can run as one batch
+                      each condition is that of B / P adjacent samples, so that they can run as one batch
     decode(x [B, …])  -> uint8 video [B, F, C, H, W]
     passes            how many forward passes of the network velocity has made so far
 and, if a part of its guided velocity has no gradient,
-    unconditional_velocity   that part in the last call of velocity, which takes it back as a fourth argument
-A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed sample: see rewards.py. It may keep the
-causes of failures in a list `failures`. `score` is the one place that calls it.
+    frozen_velocity(x, sigma, cond)   that part [B, …], or None. velocity takes it as a fourth argument
+A reward is any function (videos, prompts) -> {name: [B]}, NaN for a failed sample: see rewards.py. On several ranks it
+returns the scores of all ranks' samples, in the order of the ranks: engine/scoring.py makes one of a plain function.
+
+`config` is engine.config.Config; a setting is explained there.
 """
 
 import math
-import sys
 import time
-import traceback
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 
 from equalizer import equalizer_scales
-from rewards import REWARD_SETTINGS, broken_rule, composite_reward, group_advantages
+from rewards import composite_reward, group_advantages, reward_weights
 from sde import SDE, Trajectory, log_prob, randn, rollout
 from trust_region import (
-    KL_MODES,
-    KL_SCHEDULES,
-    STEPWISE_KL,
     dual_kl,
     gaussian_kl,
     kl_coefficient,
@@ -57,159 +54,122 @@ from trust_region import (
     stepwise_kl_rollout_phase,
 )
 
-METHOD, OPTIMIZATION = "method", "optimization"  # groups of --help
-
-
-def option(group, default, text, choices=None, video=False, bounds=None):
-    """A dataclass field that also knows its line of --help, and its choices or its bounds (lowest, highest).
-
-    video: read by the video model alone, not by the toy.
-    """
-    known = {"group": group, "help": text, "choices": choices, "video": video, "bounds": bounds}
-    return field(default=default, metadata=known)
-
-
-@dataclass
-class GRPOConfig:
-    """What the algorithm itself reads. Defaults are the paper's; the presets of config.py override them."""
-
-    group_size: int = option(METHOD, 4, "G, samples per prompt [paper: 4]", bounds=(2, 10**4))
-    batch_size: int = option(
-        METHOD,
-        8,
-        "samples per rank and iteration; a group may span ranks [paper: 2 × 4; release: 2]",
-        bounds=(1, 10**6),
-    )
-    reward_setting: str = option(METHOD, "B", "weights of Eq. 10 [paper: A and B]", sorted(REWARD_SETTINGS))
-    clip_range: float = option(
-        METHOD, 1e-4, "c of clip(ρ, 1 ± c), for a log-prob that is a mean over D [release: 1e-4]", bounds=(1e-10, 1e3)
-    )
-    max_advantage: float = option(METHOD, 5.0, "clamp on |A| [release: 5]", bounds=(1e-3, 1e3))
-    equalizer: bool = option(METHOD, True, "multiply the policy term of step t by S_t, Eq. 9 [paper: on]")
-    kl_mode: str = option(METHOD, "dual", "trust region, Eq. 11–14 [paper: dual]", KL_MODES)
-    stepwise_kl: str = option(
-        METHOD,
-        "rollout_phase",
-        "form of the step-wise KL: Eq. 15, or Eq. 12 in closed form [paper: rollout_phase]",
-        STEPWISE_KL,
-    )
-    beta_pos: float = option(METHOD, 1.0, "β_pos of Eq. 14 [paper: 1.0]", bounds=(0, 1e6))
-    beta_vel: float = option(METHOD, 0.1, "β_vel of Eq. 14 [paper: 0.1]", bounds=(0, 1e6))
-    kl_schedule: str = option(METHOD, "two_stage", "schedule of λ_KL, Fig. 7 [paper: two_stage]", KL_SCHEDULES)
-    kl_lambda: float = option(METHOD, 1e-5, "λ_KL, final value [paper: 1e-5]", bounds=(0, 1e6))
-    kl_lambda_early: float = option(
-        METHOD, 1e-7, "λ_KL at the start of two_stage, milder and ramp [paper: 1e-7]", bounds=(0, 1e6)
-    )
-    kl_switch: int = option(
-        METHOD, 50, "iteration of the second stage, or length of the ramp [not printed in the paper]", bounds=(0, 10**7)
-    )
-    anchor_every: int = option(
-        METHOD, 10, "N, optimizer steps between refreshes of the moving anchor, Eq. 13 [paper: 10]", bounds=(1, 10**7)
-    )
-    kl_steps: int = option(
-        METHOD,
-        0,
-        "trained steps of each sample that have the position KL, drawn anew and weighted so that its mean over draws "
-        "is that of all; 0 = all [paper: all]",
-        bounds=(0, 1000),
-    )
-    optimizer_steps: int = option(
-        OPTIMIZATION, 1, "optimizer steps per iteration [paper and release: 1]", bounds=(1, 10**4)
-    )
-    micro_batch: int = option(
-        OPTIMIZATION, 1,
-        "samples per forward and backward pass, per rank; the video model runs those of one prompt as one batch "
-        "[paper: 2]",
-        bounds=(1, 10**6),
-    )
-    max_grad_norm: float = option(
-        OPTIMIZATION, 1.0, "gradient norm is clipped to this [release: 1.0]", bounds=(1e-6, 1e9)
-    )
-    ratio_tolerance: float = option(
-        OPTIMIZATION,
-        1e-3,
-        "stop where a ratio before the first optimizer step is farther from 1 than this",
-        bounds=(1e-9, 1e3),
-    )
-    max_failed_rewards: float = option(METHOD, 0.1, "share of samples that may fail to be scored before the run stops")
-
-    def check_algorithm(self):
-        """Raise ValueError on the first setting that cannot work, before anything is loaded."""
-        for name in ("batch_size", "anchor_every", "micro_batch", "optimizer_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, for samples to be compared with: got {self.group_size}")
-        for name in ("clip_range", "max_advantage", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive: got {getattr(self, name)}")
-        if not 0 <= self.max_failed_rewards < 1:
-            raise ValueError(f"max_failed_rewards is a share in [0, 1): got {self.max_failed_rewards}")
-        for name in ("beta_pos", "beta_vel", "kl_lambda", "kl_lambda_early", "kl_switch"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative: got {getattr(self, name)}")
+RATIO_TOLERANCE = 1e-3  # of ρ before the first optimizer step, where it must be 1
 
 
 class OneRank:
-    """`ranks` of a run on one process."""
+    """`ranks` of a run on one process. engine.ranks.AllRanks is that of a run under torch.distributed."""
 
     rank, world = 0, 1
-    process, processes = 0, 1
+    dp_rank, dp_world = 0, 1
     context = None
 
     def gather(self, tensor):
-        """The values of all ranks, concatenated in their order: on one process the tensor itself."""
+        """The values of all ranks, concatenated in their order. A single process returns the tensor itself."""
         return tensor
 
     def exchange(self, value):
-        """A list of the values of all processes; a value is any small object."""
+        """A list of the values of all ranks; a value is any small object."""
         return [value]
 
-
-class AllRanks:
-    """`ranks` of a run under torch.distributed.
-
-    rank, world          what samples are shared out by. Processes that share the tokens of their samples are one rank
-    process, processes   torchrun's rank and world size. The first process writes and prints
-    context              the process group that shares the tokens of its samples (parallel.py); None: each has its own
-    """
-
-    def __init__(self, context=None):
-        self.process, self.processes = dist.get_rank(), dist.get_world_size()
-        self.context = context
-        self.sharers = 1 if context is None else context.size()
-        self.rank, self.world = self.process // self.sharers, self.processes // self.sharers
-
-    def gather(self, tensor):
-        """The values of all ranks, concatenated in their order; of processes that share samples the first one's."""
-        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts[:: self.sharers])
-
-    def exchange(self, value):
-        """A list of the values of all processes; a value is any small object. It goes over the CPU."""
-        values = [None] * self.processes
-        dist.all_gather_object(values, value)
-        return values
+    def before_backward(self, module, last):
+        """Called before each backward pass; `last`: of its optimizer step. A single process has nothing to prepare."""
 
 
 @dataclass
 class Batch:
-    """All that one rank needs for its update; B samples."""
+    """The rollouts of this rank's B samples, and the tables in which the update finds what belongs to sample and step.
+
+    `update` fills the tables before its first backward pass.
+    """
 
     sde: SDE
     conditions: list
     trajectory: Trajectory
-    unconditional: torch.Tensor | None  # [B, T, …]  what velocity takes back, until the first optimizer step
     advantages: torch.Tensor  # [B]
     valid: torch.Tensor  # [B] bool, False where the reward failed
     collected_at: int  # optimizer steps made when the rollout's weights were the policy
     metrics: dict
+    copies: int  # adjacent samples that share a condition, see copies_in_rollout
+    frozen: torch.Tensor | None = None  # [B, T, …]  the policy's frozen_velocity, until the first optimizer step
+    scales: torch.Tensor | None = None  # [T]  S_t of Eq. 9
+    position_weights: torch.Tensor | None = None  # [B, T]  weight of the position KL
+    means_ref: torch.Tensor | None = None  # [B, T, …]  mean of each step under the anchor
+
+    def part(self, rows):
+        """The Batch of some of the samples."""
+        if len(rows) == len(self.valid):
+            return self
+        paths = self.trajectory
+        return replace(
+            self,
+            conditions=[self.conditions[row] for row in rows],
+            trajectory=Trajectory(paths.states[rows], paths.means[rows], paths.log_probs[rows]),
+            advantages=self.advantages[rows],
+            valid=self.valid[rows],
+            frozen=None if self.frozen is None else self.frozen[rows],
+        )
 
 
-# ---------------------------------------------------------------------------------------------- collect, evaluate
-def samples_per_condition(config):
-    """How many samples next to each other velocity may take for samples of one prompt, in rollout and update.
+# ---------------------------------------------------------------------------------------------- collect
+def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=None):
+    """Roll out one sample for each of this rank's B prompts and turn their rewards into advantages. Returns a Batch.
+
+    prompts: the G copies of a prompt are adjacent in the order of all ranks together, so that a group may
+    span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
+    callback(k): called after each step of the rollout.
+    """
+    device, passes, started = device_of(policy), policy.passes, clock(device_of(policy))
+    copies = copies_in_rollout(config)
+    check_copies(prompts, copies, config.group_size)
+    conditions, trajectory, frozen = sample(policy, prompts, policy.latent_shape, sde, generators, copies, callback)
+    sampled = clock(device)
+    videos = policy.decode(trajectory.states[:, -1])
+    decoded = clock(device)
+    scores = reward(videos, prompts)  # {name: [ranks·B]}
+    rewards = composite_reward(scores, reward_weights(config.reward_weights))  # Eq. 10
+    advantages, valid, group_std = group_advantages(rewards, config.group_size, max_advantage=config.max_advantage)
+
+    metrics = describe_rewards({"reward": rewards, **scores}, advantages.view(-1, config.group_size), valid, group_std)
+    metrics |= {"rollout_passes": policy.passes - passes}
+    metrics |= {"rollout_seconds": sampled - started, "decode_seconds": decoded - sampled}
+    own = slice(ranks.dp_rank * len(prompts), (ranks.dp_rank + 1) * len(prompts))
+    return Batch(sde, conditions, trajectory, advantages[own], valid[own], steps_made, metrics, copies, frozen)
+
+
+def sample(policy, prompts, latent_shape, sde, generators, copies=1, callback=None):
+    """(conditions, Trajectory, frozen velocities [B, T, …] or None) of one sample for each prompt, where runs of
+    `copies` prompts are the same. Stops at NaN, which would be decoded to black and be scored.
+    """
+    conditions = policy.encode(prompts)
+    noise = randn((len(prompts), *latent_shape), generators).to(device_of(policy))
+    frozen = []
+
+    def velocity_at(x, sigma):
+        v, part = velocity_and_frozen(policy, x, sigma, conditions[::copies])
+        frozen.append(part)
+        return v
+
+    trajectory = rollout(velocity_at, noise, sde, generators, callback)
+    if not trajectory.states[:, -1].isfinite().all():
+        raise FloatingPointError(
+            "samples must be finite: got NaN or infinity, so the policy has diverged. Lower the learning rate, and "
+            "look at the gradient norm and ratio in the last lines of metrics.jsonl"
+        )
+    return conditions, trajectory, None if frozen[0] is None else torch.stack(frozen, 1)
+
+
+def velocity_and_frozen(policy, x, sigma, cond, frozen=None):
+    """(v, the part of it that has no gradient, or None). frozen: that part, where a rollout has computed it before."""
+    if not hasattr(policy, "frozen_velocity"):
+        return policy.velocity(x, sigma, cond), None
+    if frozen is None:
+        frozen = policy.frozen_velocity(x, sigma, cond)
+    return policy.velocity(x, sigma, cond, frozen), frozen
+
+
+def copies_in_rollout(config):
+    """`copies`: how many adjacent samples velocity may take as samples of one prompt.
 
     On each rank they are counted from its first sample. Every micro-batch, every group and the first place of every
     rank are multiples of this number, so no rank's run of so many samples ever crosses from one group into the next.
@@ -218,47 +178,31 @@ def samples_per_condition(config):
     return math.gcd(config.micro_batch, config.group_size)
 
 
-def sample(policy, prompts, latent_shape, sde, generators, copies=1, callback=None):
-    """(conditions, Trajectory) of one sample for each prompt, where runs of `copies` prompts are the same. Stops at
-    NaN, which would be decoded to black and be scored.
-    """
-    conditions = policy.encode(prompts)
-    device = device_of(policy)
-    noise = randn((len(prompts), *latent_shape), generators).to(device)
-    trajectory = rollout(partial(policy.velocity, cond=conditions[::copies]), noise, sde, generators, callback)
-    if not trajectory.states[:, -1].isfinite().all():
-        raise FloatingPointError(
-            "samples must be finite: got NaN or infinity, the policy has diverged. Lower the learning rate, and look "
-            "at the gradient norm and ratio of the last lines of metrics.jsonl"
-        )
-    return conditions, trajectory
+def copies_in_update(config):
+    """The same where a part of each group is trained."""
+    _, kept = samples_held_and_kept(config.batch_size, config)
+    return math.gcd(config.micro_batch, kept) if config.train_samples else copies_in_rollout(config)
 
 
-def score(reward, videos, prompts, ranks, device):
-    """Call the reward and check what it returns, before a score crosses ranks.
-
-    Returns ({name: float64 [B]}, first cause of a failed sample of each rank, seconds of the reward and of the wait
-    for the slowest rank's). The names have the first rank's order.
-    If the reward of one rank fails or breaks the contract of rewards.py, all ranks raise, and with the same cause.
-    """
-    started = clock(device)
-    own, problem = call_reward(reward, videos, prompts, ranks, device)
-    scored = clock(device)
-    reports = ranks.exchange((problem, list(own), first_failure(reward, own)))
-    seconds = {"reward_seconds": scored - started, "wait_seconds": clock(device) - scored}
-    _, names, _ = reports[0]
-    causes = []
-    for rank, (problem, others, first) in enumerate(reports):
-        if problem:
-            raise RuntimeError(f"a reward must keep its contract (rewards.py): rank {rank}, {problem}")
-        if set(others) != set(names):
-            raise RuntimeError(
-                f"a reward must return the same names on every rank: got {names} on rank 0 and {others} on rank {rank};"
-                " return NaN for a score that cannot be computed"
+def check_copies(prompts, copies, group_size):
+    """Raise where a sample would get the condition of another prompt."""
+    for first in range(0, len(prompts), copies):
+        if len(set(prompts[first : first + copies])) > 1:
+            raise ValueError(
+                f"the {group_size} samples of a prompt must be adjacent: got {prompts}; repeat each prompt group_size "
+                "times"
             )
-        if first:
-            causes.append(f"rank {rank}, {first}")
-    return {name: own[name] for name in names}, causes, seconds
+
+
+def describe_rewards(scores, advantages, valid, group_std):
+    """The metrics of an iteration's rewards. scores: {name: [ranks·B]}; advantages: [groups, G] of the same samples."""
+    metrics = {"reward_failed": 1 - valid.double().mean().item(), "group_std": group_std.mean().item()}
+    metrics["groups_without_spread"] = 1 - advantages.any(1).double().mean().item()
+    for name, values in scores.items():
+        values = values[values.isfinite()].double()
+        metrics[f"{name}_mean"] = values.mean().item()
+        metrics[f"{name}_std"] = (values - values.mean()).square().mean().sqrt().item()
+    return metrics
 
 
 def device_of(policy):
@@ -272,139 +216,98 @@ def clock(device):
     return time.perf_counter()
 
 
-def first_failure(reward, scores):
-    """Why a sample of this rank has no score; "" if all have one."""
-    for cause in getattr(reward, "failures", []):
-        return str(cause)
-    for name, values in scores.items():
-        for place in values.isnan().nonzero().flatten().tolist():
-            return f"sample {place}: {name} is NaN, and the reward keeps no list of failures"
-    return ""
-
-
-def call_reward(reward, videos, prompts, ranks, device):
-    """({name: float64 [B]}, "") of this rank, or ({}, what is wrong)."""
-    given = list(prompts)  # a copy: the update needs the prompts as they are
-    try:
-        scores = reward(videos, given)
-        problem = broken_rule(scores, len(prompts))
-        if given != list(prompts):
-            problem = "it changed the list of prompts: let it work on a copy"
-        if problem:
-            return {}, problem
-        return {name: values.detach().double().to(device) for name, values in scores.items()}, ""
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever the user's code raises, sys.exit() too: all ranks must hear of it
-        cause = f"it raised {type(error).__name__}: {error}"
-        print(f"\nrank {ranks.process}: the reward must score videos: {cause}", file=sys.stderr)
-        traceback.print_exc()
-        return {}, cause
-
-
-def collect(policy, reward, prompts, sde, generators, config, steps_made=0, ranks=OneRank(), callback=lambda k: None):
-    """Roll out one sample for each of this rank's B prompts and turn their rewards into advantages.
-
-    prompts: the G copies of a prompt stand next to each other in the order of all ranks together, so that a group may
-    span ranks. generators: one torch.Generator a sample; it gives the first noise and that of every step.
-    """
-    device = device_of(policy)
-    started, passes = clock(device), policy.passes
-    copies = samples_per_condition(config)
-    for first in range(0, len(prompts), copies):
-        if len(set(prompts[first : first + copies])) > 1:
-            raise ValueError(
-                f"the {config.group_size} samples of a prompt must stand next to each other: got {prompts}; repeat "
-                "each prompt group_size times"
-            )
-    unconditional = []
-
-    def after_step(k):
-        unconditional.append(getattr(policy, "unconditional_velocity", None))
-        callback(k)
-
-    conditions, trajectory = sample(policy, prompts, policy.latent_shape, sde, generators, copies, after_step)
-    unconditional = None if unconditional[0] is None else torch.stack(unconditional, 1)
-    sampled = clock(device)
-    videos = policy.decode(trajectory.states[:, -1])
-    decoded = clock(device)
-    own_scores, causes, seconds = score(reward, videos, prompts, ranks, device)
-    seconds |= {"rollout_seconds": sampled - started, "decode_seconds": decoded - sampled}
-    scores = {name: ranks.gather(values) for name, values in own_scores.items()}  # [ranks·B]
-    rewards = composite_reward(scores, config.reward_setting)
-    advantages, valid, group_std = group_advantages(rewards, config.group_size, max_advantage=config.max_advantage)
-    failed = 1 - valid.double().mean().item()
-    if failed > config.max_failed_rewards:
-        raise RuntimeError(
-            f"at most a share of {config.max_failed_rewards} of the samples may fail to be scored "
-            f"(max_failed_rewards): got {failed:.3f}; first cause: {causes[0]}"
-        )
-    teaches = advantages.view(-1, config.group_size).any(1)  # [groups]
-    if ranks.process == 0 and not teaches.any():
-        print("\nthis iteration teaches nothing: in no group do two samples have different rewards", file=sys.stderr)
-
-    metrics = {"reward_failed": failed, "group_std": group_std.mean().item()}
-    metrics["groups_without_spread"] = 1 - teaches.double().mean().item()
-    for name, values in {"reward": rewards, **scores}.items():
-        values = values[values.isfinite()]
-        metrics[f"{name}_mean"] = values.mean().item()
-        metrics[f"{name}_std"] = values.std(correction=0).item()
-    metrics["rollout_passes"] = policy.passes - passes
-    metrics |= seconds
-    own = slice(ranks.rank * len(prompts), (ranks.rank + 1) * len(prompts))
-    return Batch(sde, conditions, trajectory, unconditional, advantages[own], valid[own], steps_made, metrics)
-
-
-def evaluate(
-    policy, reward, prompts, latent_shape, sde, generators, config, ranks=OneRank(), keep=lambda place, video: video
-):
-    """Score one sample for each prompt; with an SDE of eta = 0 this is deterministic ODE sampling.
-
-    latent_shape: of one sample; it may differ from the training samples'. keep(place, video) sees every video on the
-    rank that made it and returns what to hand on (the place is the prompt's number).
-
-    Returns ({eval_<name>: mean over the samples that were scored, eval_failed: share of the others}, what was kept, of
-    all prompts in order).
-    """
-    # Each rank takes one block of the prompts. The last blocks wrap around, so that all ranks make as many passes.
-    share = math.ceil(len(prompts) / ranks.world)
-    first = ranks.rank * share
-    places = [place % len(prompts) for place in range(first, first + share)]
-    parts, kept = [], []
-    device = device_of(policy)
-    for start in range(0, share, config.batch_size):
-        chosen = places[start : start + config.batch_size]
-        texts = [prompts[place] for place in chosen]
-        noise = [generators[place] for place in chosen]
-        _, trajectory = sample(policy, texts, latent_shape, sde, noise)
-        videos = policy.decode(trajectory.states[:, -1])
-        part, _, _ = score(reward, videos, texts, ranks, device)
-        if parts and part.keys() != parts[0].keys():
-            names = f"{', '.join(parts[0])} first, then {', '.join(part)}"
-            raise RuntimeError(f"a reward must return the same names at every call (rewards.py): got {names}")
-        parts.append(part)
-        for place, video in zip(chosen, videos, strict=True):
-            kept.append(keep(place, video))
-
-    scores = {}
-    for name in parts[0]:
-        own = torch.cat([part[name] for part in parts])
-        scores[name] = ranks.gather(own)[: len(prompts)]
-    rewards = composite_reward(scores, config.reward_setting)
-    metrics = {"eval_reward": rewards.nanmean().item()}
-    for name, values in scores.items():
-        metrics[f"eval_{name}"] = values.nanmean().item()
-    metrics["eval_failed"] = 1 - rewards.isfinite().double().mean().item()
-    return metrics, ranks.gather(torch.stack(kept).to(device))[: len(prompts)].cpu()
-
-
 # ---------------------------------------------------------------------------------------------- update
-def clipped_policy_loss(ratio, advantages, clip_range):
-    """Eq. 4 as it is trained:  max(−A·ρ, −A·clip(ρ, 1 − c, 1 + c)), per sample. [B]
+def update(
+    policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank(), controller=None
+):
+    """One pass over a batch of rollouts. Returns (metrics, optimizer steps made so far).
 
-    At ρ = 1 its gradient is −A·∇log π_θ, that of Eq. 4. Beyond 1 ± c, on the side that A pushes to, the gradient is 0.
+    Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. All
+    trained steps of all samples go into config.optimizer_steps optimizer steps, evenly. Both terms are means over the
+    steps, so a λ_KL for a literal Σ_t would be T times ours.
+    anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
+    controller: the LambdaController of kl_schedule `controller`; else None.
     """
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    device = batch.advantages.device
+    started, passes = clock(device), policy.passes
+    rows = trained_rows(batch.advantages, batch.valid, config)
+    batch, generators = batch.part(rows), [generators[row] for row in rows]
+    batch.copies = copies_in_update(config)
+    per_step = micro_batches_per_step(len(rows), int(batch.sde.stochastic.sum()), config)
+    lambda_kl = kl_coefficient(
+        config.kl_schedule, iteration, config.kl_lambda, config.kl_lambda_early, config.kl_switch
+    )
+    parameters = [p for p in policy.module.parameters() if p.requires_grad]
+    batch.scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)
+    batch.position_weights = position_weights(batch.sde, config.kl_steps, generators)
+    batch.means_ref = reference_means(policy, batch, config, anchor)
+    logs, grad_norms, lambdas = [], [], []
+    for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
+        if controller is not None:
+            lambda_kl = controller.value
+        loss, log = micro_batch_loss(policy, batch, rows, steps, config, lambda_kl)
+        if number <= per_step:  # no optimizer step has been made yet
+            check_first_ratio(log["ratio"])
+        ranks.before_backward(policy.module, last=number % per_step == 0)
+        (loss / per_step).backward()
+        if controller is not None:
+            controller.observe(ranks.gather(log["kl"]).mean().item())
+        lambdas.append(lambda_kl)
+        logs.append(log)
+        if number % per_step == 0:
+            grad_norms.append(optimizer_step(optimizers, parameters, config.max_grad_norm, loss.detach()))
+            steps_made += 1
+            batch.frozen = None  # the policy is no longer the one that made the rollout
+    if anchor is not None:
+        anchor.maybe_refresh(steps_made)
+
+    metrics = summarise({name: torch.cat([log[name] for log in logs]) for name in logs[0]}, config.clip_range, ranks)
+    first_ratios = ranks.gather(torch.cat([log["ratio"] for log in logs[:per_step]]))
+    metrics["first_ratio_error"] = (first_ratios - 1).abs().max().item()
+    metrics["lambda_kl"] = math.fsum(lambdas) / len(lambdas)
+    metrics["grad_norm"] = torch.stack(grad_norms).mean().item()
+    metrics["update_passes"] = policy.passes - passes
+    metrics["update_seconds"] = clock(device) - started
+    return metrics, steps_made
+
+
+def trained_rows(advantages, valid, config):
+    """The places, among this rank's B samples, of those that the update trains: all, or config.train_samples a group.
+
+    They are the extremes of each group, as many of the largest advantages as of the smallest: the samples that say
+    most of what to do more and less of. Their advantages are still those among all G. The number is the same for every
+    group and rank whatever the rewards, as FSDP needs. A failed sample is chosen only where a group has too few others,
+    and takes no part then. Where a group spans ranks, each rank chooses among the samples that it holds.
+    """
+    if not config.train_samples:
+        return torch.arange(len(advantages))
+    held, kept = samples_held_and_kept(len(advantages), config)
+    advantages, valid = advantages.cpu().view(-1, held), valid.cpu().view(-1, held)
+    order = torch.where(valid, advantages, -torch.inf).argsort(dim=1, descending=True, stable=True)  # failed ones last
+    smallest = valid.sum(1, keepdim=True).clamp(min=kept) - kept // 2  # where the valid ones' smallest begin
+    places = torch.arange(kept // 2).expand(len(order), -1)
+    chosen = order.gather(1, torch.cat([places, smallest + places], 1)).sort(1).values  # [groups, kept]
+    return (chosen + held * torch.arange(len(order))[:, None]).flatten()
+
+
+def samples_held_and_kept(num_samples, config):
+    """(samples of a group that lie together on a rank of so many samples, how many of them are trained)."""
+    held = math.gcd(num_samples, config.group_size)
+    kept, rest = divmod(config.train_samples * held, config.group_size)
+    if config.train_samples and (rest or kept % 2 or not 0 < kept <= held):
+        raise ValueError(
+            f"train_samples must be even, and at most group_size: got {config.train_samples} of {config.group_size}, "
+            f"of which a rank of {num_samples} samples holds {held} together and would train "
+            f"{config.train_samples * held / config.group_size:g}; raise train_samples, or make batch_size a multiple "
+            "of group_size"
+        )
+    return held, kept or held
+
+
+def samples_in_update(config):
+    """How many of its samples each rank trains in an iteration."""
+    held, kept = samples_held_and_kept(config.batch_size, config)
+    return config.batch_size // held * kept
 
 
 def micro_batches(batch, config, generators):
@@ -438,54 +341,57 @@ def micro_batches_per_step(num_samples, num_trained_steps, config):
     return passes // config.optimizer_steps
 
 
-def update(policy, batch, config, optimizers, anchor, generators, iteration, steps_made, ranks=OneRank()):
-    """One pass over a batch of rollouts. Returns (metrics, optimizer steps made so far).
-
-    Full objective: L = −(1/G) Σ_i A_i Σ_t S_t·log π_θ + λ_KL·L_KL, with clipped_policy_loss for the first term. All
-    trained steps of all samples go into config.optimizer_steps optimizer steps, evenly. Both terms are means over the
-    steps, so a λ_KL for a literal Σ_t would be T times ours.
-    anchor: an Anchor, or None where the KL mode has no position term. A sample whose reward failed takes no part.
+def micro_batch_loss(policy, batch, rows, steps, config, lambda_kl):
+    """The full objective on the samples `rows` [b], each at its own step of `steps` [b]. Returns (loss, {name: detached
+    [b]}).
     """
-    device = batch.advantages.device
-    started, passes = clock(device), policy.passes
-    per_step = micro_batches_per_step(len(batch.valid), int(batch.sde.stochastic.sum()), config)
-    lambda_kl = kl_coefficient(
-        config.kl_schedule, iteration, config.kl_lambda, config.kl_lambda_early, config.kl_switch
-    )
-    scales = equalizer_scales(batch.sde) if config.equalizer else torch.ones(batch.sde.num_steps)
-    parameters = [p for p in policy.module.parameters() if p.requires_grad]
-    w_position = position_weights(batch.sde, config.kl_steps, generators)
-    means_ref = reference_means(policy, batch, config, anchor, w_position)
-    logs, grad_norms = [], []
-    for number, (rows, steps) in enumerate(micro_batches(batch, config, generators), start=1):
-        loss, log = micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, scales, lambda_kl)
-        if number <= per_step:  # no optimizer step has been made yet
-            check_first_ratio(log["ratio"], config.ratio_tolerance)
-        (loss / per_step).backward()
-        logs.append(log)
-        if number % per_step == 0:
-            grad_norms.append(optimizer_step(optimizers, parameters, config.max_grad_norm, loss.detach()))
-            steps_made += 1
-            batch.unconditional = None  # the policy is no longer the one that made the rollout
-    if anchor is not None:
-        anchor.maybe_refresh(steps_made)
+    trajectory, frozen = batch.trajectory, batch.frozen
+    x, x_next = trajectory.states[rows, steps], trajectory.states[rows, steps + 1]  # [b, …]
+    mean_old, log_prob_old = trajectory.means[rows, steps], trajectory.log_probs[rows, steps]
+    conditions = [batch.conditions[i] for i in rows[:: batch.copies]]
+    stored = None if frozen is None else frozen[rows, steps]
+    sigma = batch.sde.sigmas[steps].to(x)
 
-    metrics = summarise({name: torch.cat([log[name] for log in logs]) for name in logs[0]}, config.clip_range, ranks)
-    metrics["first_ratio_error"] = first_ratio_error(logs[:per_step], config.clip_range, ranks)
-    metrics["lambda_kl"] = lambda_kl
-    metrics["grad_norm"] = torch.stack(grad_norms).mean().item()
-    metrics["update_passes"] = policy.passes - passes
-    metrics["update_seconds"] = clock(device) - started
-    return metrics, steps_made
+    v, _ = velocity_and_frozen(policy, x, sigma, conditions, stored)
+    mean, std = batch.sde.transition(x, v, steps)
+    log_prob_new = log_prob(x_next, mean, std)
+    ratio = (log_prob_new - log_prob_old).exp()  # [b]
+    policy_loss = clipped_policy_loss(ratio, batch.advantages[rows], config.clip_range)
+    if config.stepwise_kl == "closed_form":
+        kl_velocity = stepwise_kl_closed_form(mean, mean_old, std)
+    else:
+        kl_velocity = stepwise_kl_rollout_phase(log_prob_new, log_prob_old)
+    log = {"ratio": ratio, "policy_loss": policy_loss, "kl_velocity": kl_velocity}
+    kl_position = torch.zeros_like(kl_velocity)
+    if batch.means_ref is not None:
+        weights = batch.position_weights[rows, steps].to(x)
+        kl_position = weights * gaussian_kl(mean, batch.means_ref[rows, steps], std)
+        log["kl_position"] = kl_position
+    w_pos, w_vel = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
+    kl = dual_kl(kl_position, kl_velocity, w_pos, w_vel)
+    log["kl"] = kl
+
+    valid = batch.valid[rows].to(x.dtype)
+    scales = batch.scales[steps].to(x)  # S_t of Eq. 9 weighs the policy term alone, not the KL
+    loss = (valid * (scales * policy_loss + lambda_kl * kl)).mean()
+    return loss, {name: value.detach() for name, value in log.items()}
+
+
+def clipped_policy_loss(ratio, advantages, clip_range):
+    """Eq. 4 as it is trained:  max(−A·ρ, −A·clip(ρ, 1 − c, 1 + c)), per sample. [B]
+
+    At ρ = 1 its gradient is −A·∇log π_θ, that of Eq. 4. Beyond 1 ± c, on the side that A pushes to, the gradient is 0.
+    """
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def position_weights(sde, count, generators):
     """Weight of the position KL at each step of each sample, float64 [B, T]: K/n at n = `count` of the K trained steps.
 
-    Each trained step has the mean weight 1, so the mean gradient over draws is the one with all steps, which 0 stands
-    for. The other steps need no reference pass. Each sample draws its own steps, so that the samples of an iteration
-    together have the KL of nearly all steps; if all had the same few, the gradient would vary far more from one
-    iteration to the next (measured: RESULTS.md, "The miniature").
+    On average over draws each trained step has the weight 1, so the gradient is on average that of all steps. A count
+    of 0 means all. The other steps need no reference pass. Each sample draws its own steps, so that the samples of an
+    iteration together have the KL of nearly all steps; if all had the same few, the gradient would vary far more from
+    one iteration to the next (measured: RESULTS.md, "The miniature").
     """
     if not count:
         return sde.stochastic.double().expand(len(generators), -1)
@@ -497,8 +403,8 @@ def position_weights(sde, count, generators):
     return weights
 
 
-def reference_means(policy, batch, config, anchor, w_position):
-    """Mean of each step under the anchor, [B, T, …], where w_position [B, T] is not 0; None without an anchor.
+def reference_means(policy, batch, config, anchor):
+    """Mean of each step under the anchor, [B, T, …], where batch.position_weights is not 0; None without an anchor.
 
     They are computed once per iteration, as in the released code: the anchor is swapped in and out once, and it stays
     the same reference for all optimizer steps of the iteration. While the anchor is the policy that made the rollout,
@@ -509,81 +415,35 @@ def reference_means(policy, batch, config, anchor, w_position):
     trajectory = batch.trajectory
     if anchor.refreshed_at == batch.collected_at:
         return trajectory.means
-    copies = samples_per_condition(config)
     means = trajectory.means.clone()  # where the weight is 0, any finite number
-    wanted = w_position.nonzero()[:, 1].view(len(means), -1)  # [B, n], steps; every sample has as many
+    wanted = batch.position_weights.nonzero()[:, 1].view(len(means), -1)  # [B, n], steps; every sample has as many
     with torch.no_grad(), anchor.swapped_in():
         for rows in torch.arange(len(means)).split(config.micro_batch):
             for steps in wanted[rows].unbind(1):  # [b], one of each sample
                 x = trajectory.states[rows, steps]
                 sigma = batch.sde.sigmas[steps].to(x)
-                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows[::copies]])
+                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows[:: batch.copies]])
                 means[rows, steps], _ = batch.sde.transition(x, v, steps)
     return means
 
 
-def micro_batch_loss(policy, batch, config, means_ref, w_position, rows, steps, scales, lambda_kl):
-    """The full objective on the samples `rows`, each at its own step of `steps`. Returns (loss, {name: detached
-    [b]}).
-    """
-    x, x_next = batch.trajectory.states[rows, steps], batch.trajectory.states[rows, steps + 1]  # [b, …]
-    mean_old = batch.trajectory.means[rows, steps]
-    log_prob_old = batch.trajectory.log_probs[rows, steps]  # [b]
-    conditions = [batch.conditions[i] for i in rows[:: samples_per_condition(config)]]
-    advantages, valid = batch.advantages[rows], batch.valid[rows].to(x.dtype)
-    sigma = batch.sde.sigmas[steps].to(x)
-    stored = () if batch.unconditional is None else (batch.unconditional[rows, steps],)
-
-    mean, std = batch.sde.transition(x, policy.velocity(x, sigma, conditions, *stored), steps)
-    log_prob_new = log_prob(x_next, mean, std)
-    ratio = (log_prob_new - log_prob_old).exp()  # [b]
-    policy_loss = clipped_policy_loss(ratio, advantages, config.clip_range)
-    if config.stepwise_kl == "closed_form":
-        kl_velocity = stepwise_kl_closed_form(mean, mean_old, std)
-    else:
-        kl_velocity = stepwise_kl_rollout_phase(log_prob_new, log_prob_old)
-    log = {"ratio": ratio, "policy_loss": policy_loss, "kl_velocity": kl_velocity}
-    kl_position = torch.zeros_like(kl_velocity)
-    if means_ref is not None:
-        kl_position = w_position[rows, steps].to(x) * gaussian_kl(mean, means_ref[rows, steps], std)
-        log["kl_position"] = kl_position
-    w_pos, w_vel = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
-    kl = dual_kl(kl_position, kl_velocity, w_pos, w_vel)
-
-    loss = (valid * (scales[steps].to(x) * policy_loss + lambda_kl * kl)).mean()
-    return loss, {name: value.detach() for name, value in log.items()}
-
-
 RATIO_CAUSES = (
     "Rollout and update computed different velocities for the same state: look for dropout, low-precision states or "
-    "timesteps, guidance that differs between the two, or kernels that round otherwise with a gradient (--attention)"
+    "timesteps, guidance that differs between the two, or kernels that round differently with a gradient (--attention)"
 )
 
 
-def check_first_ratio(ratio, tolerance):
+def check_first_ratio(ratio):
     """Before the first optimizer step the policy is the one that made the rollout, so every ratio must be 1.
 
-    Rounding alone moves it: see first_ratio_error. A fault moves it by far more than the tolerance.
+    Rounding alone moves it: the metric first_ratio_error says by how much. A fault moves it by far more.
     """
     worst = (ratio - 1).abs().max().item()
-    if not worst <= tolerance:
+    if not worst <= RATIO_TOLERANCE:
         raise RuntimeError(
-            f"the ratio must be 1 before the first optimizer step: got |ρ − 1| = {worst:.2e}, allowed {tolerance:.0e} "
-            f"(ratio_tolerance). {RATIO_CAUSES}"
+            f"the ratio must be 1 before the first optimizer step: got |ρ − 1| = {worst:.2e}, allowed "
+            f"{RATIO_TOLERANCE:.0e}. {RATIO_CAUSES}"
         )
-
-
-def first_ratio_error(logs, clip_range, ranks):
-    """The largest |ρ − 1| of all ranks before the first optimizer step. Above the clip range it clips: a warning."""
-    ratio = ranks.gather(torch.cat([log["ratio"] for log in logs]))
-    error = (ratio - 1).abs().max().item()
-    if error > clip_range and ranks.process == 0:
-        print(
-            f"\nbefore the first optimizer step the ratio was off by {error:.2e}, more than the clip range of "
-            f"{clip_range:.0e}, so some samples were clipped for nothing. {RATIO_CAUSES}",
-            file=sys.stderr,
-        )
-    return error
 
 
 def optimizer_step(optimizers, parameters, max_grad_norm, loss):
@@ -592,9 +452,9 @@ def optimizer_step(optimizers, parameters, max_grad_norm, loss):
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over all shards under FSDP2
     if not (norm.isfinite() and loss.isfinite()):
         raise FloatingPointError(
-            f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. No step was made of them, "
-            "but the policy may have gone astray before: look in metrics.jsonl for the last iteration with a steady "
-            "reward and gradient norm, and go on from a checkpoint before it with a lower learning rate"
+            f"loss and gradient norm must be finite: got {loss.item()} and {norm.item()}. No optimizer "
+            "step used them, but the policy may have diverged earlier: look in metrics.jsonl for the last iteration "
+            "with a steady reward and gradient norm, and resume from a checkpoint before it with a lower learning rate"
         )
     for optimizer in optimizers:
         optimizer.step()
@@ -605,7 +465,7 @@ def optimizer_step(optimizers, parameters, max_grad_norm, loss):
 def summarise(log, clip_range, ranks):
     """Metrics of one update over all ranks, as numbers."""
     log = {name: ranks.gather(values) for name, values in log.items()}
-    ratio = log.pop("ratio")
+    ratio, _ = log.pop("ratio"), log.pop("kl", None)  # L_KL is the sum of the two that are logged
     metrics = {
         "ratio_mean": ratio.mean(),
         "ratio_min": ratio.min(),
@@ -615,3 +475,42 @@ def summarise(log, clip_range, ranks):
         **{name: values.mean() for name, values in log.items()},
     }
     return {name: value.item() for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+def evaluate(
+    policy, reward, prompts, latent_shape, sde, generators, config, ranks=OneRank(), keep=lambda place, video: video
+):
+    """Score one sample for each prompt; with an SDE of eta = 0 this is deterministic ODE sampling.
+
+    latent_shape: of one sample; it may differ from the training samples'. keep(place, video) sees every video on the
+    rank that made it and returns what to hand on (the place is the prompt's number).
+
+    Returns ({eval_<name>: mean over the samples that were scored, eval_failed: share of the others}, what was kept, of
+    all prompts in order).
+    """
+    # Each rank takes one block of the prompts. The last blocks wrap around, so that all ranks make as many passes.
+    share = math.ceil(len(prompts) / ranks.dp_world)
+    first = ranks.dp_rank * share
+    places = [place % len(prompts) for place in range(first, first + share)]
+    parts, kept = [], []
+    for start in range(0, share, config.batch_size):
+        chosen = places[start : start + config.batch_size]
+        texts = [prompts[place] for place in chosen]
+        noise = [generators[place] for place in chosen]
+        _, trajectory, _ = sample(policy, texts, latent_shape, sde, noise)
+        videos = policy.decode(trajectory.states[:, -1])
+        parts.append(reward(videos, texts))  # {name: [ranks·b]}
+        for place, video in zip(chosen, videos, strict=True):
+            kept.append(keep(place, video))
+
+    scores = {}
+    for name in parts[0]:
+        by_rank = [part[name].double().view(ranks.dp_world, -1) for part in parts]  # [ranks, b] each
+        scores[name] = torch.cat(by_rank, 1).flatten()[: len(prompts)]
+    rewards = composite_reward(scores, reward_weights(config.reward_weights))
+    metrics = {"eval_reward": rewards.nanmean().item()}
+    for name, values in scores.items():
+        metrics[f"eval_{name}"] = values.nanmean().item()
+    metrics["eval_failed"] = 1 - rewards.isfinite().double().mean().item()
+    return metrics, ranks.gather(torch.stack(kept).to(device_of(policy)))[: len(prompts)].cpu()

@@ -2,7 +2,8 @@
 
 Paper: Manifold-Aware Exploration for Reinforcement Learning in Video Generation (SAGE-GRPO), arXiv 2603.21872.
 
-Symbols, here and in every other file; each letter means one thing:
+Symbols, here and in every other file. Five letters have two uses in the paper, ε, N, w, Σ and π; both are given below.
+A and B are also the names of two sets of reward weights (rewards.py); N(m, V) is the normal distribution.
     sigma, sigma'   noise level at the start and at the end of a step; sigma falls from 1 (pure noise) to 0 (data)
     k               step index, sigmas[k] -> sigmas[k + 1];  T steps, T + 1 sigmas. In S_t and N_t the paper's t is k
     Δ  delta        sigma − sigma' > 0
@@ -10,12 +11,15 @@ Symbols, here and in every other file; each letter means one thing:
     x0, z           data and noise;  x0_hat, z_hat: what a velocity predicts of them
     s               score, ∇ log p_sigma(x)
     ε(sigma)        diffusion coefficient of Eq. 16. The small constants that Eq. 4 and 9 also call ε are `guard` here
+    w               Wiener process of Eq. 16. With an index (w_vq) it is a weight of Eq. 10
     η  eta          exploration scale of ε(sigma) (the released code uses 0.5 on HunyuanVideo-1.5)
-    Σ  std          the EFFECTIVE standard deviation of the noise that one whole step adds;  Σ² variance
+    Σ  std          the EFFECTIVE standard deviation of the noise that one whole step adds;  Σ² variance. With an index
+                    (Σ_i, Σ_t) it is a sum
     a, b            coefficients of a step's mean,  mean = a·x + b·v
     ξ               the noise of a step, N(0, I)
     D               number of elements of one sample
-    π_θ, π_old      the policy, and the policy that made the rollout (the paper's π_{k−1}, where k counts policies)
+    π_θ, π_old      the policy, and the policy that made the rollout (the paper's π_{k−1}, where k counts policies). In
+                    the std of cps, sin(ηπ/2), it is the number
     ρ               ratio π_θ/π_old;  c  clip range
     A, r            advantage and reward of a sample;  G  group_size, samples of one prompt;  B  samples of a batch
     N_t, S_t        gradient norm and scale of a step, Eq. 8 and 9.  The N of Eq. 13 is `anchor_every`
@@ -105,7 +109,7 @@ def sage_variance(sigma, sigma_next, eta):
 def step_variances(sde_type, eta, sigmas):
     """Σ² of every step of a schedule, float64 [T]: finite, not negative, and 0 where eta is 0.
 
-    The ONE place that decides what happens at sigma = 1 and sigma' = 0:
+    This is the ONE place that decides what happens at sigma = 1 and sigma' = 0:
 
     - sigma = 1. SAGE: Eq. 5 diverges, so both ends of the integral are clamped to SIGMA_MAX. The released code clamps
       only the 1 − sigma inside the logarithm; it agrees with this to η²·0.003 until the schedule's second sigma passes
@@ -163,7 +167,7 @@ def mean_of_eq_7(x, v, sigma, sigma_next, variance):
 def coefficients_keeping_mean(x, v, sigma, sigma_next, variance):
     """Mean of cps and exact:  (1 − sigma')·x0_hat + sqrt(sigma'² − Σ²)·z_hat.
 
-    With Σ·ξ added, noise has the standard deviation sigma' again: the coefficients of Eq. 2 are kept.
+    Adding Σ·ξ restores the total noise std to sigma': the coefficients of Eq. 2 are kept.
     """
     noise_kept = (sigma_next**2 - variance).clamp(min=0).sqrt()
     return (1 - sigma_next) * predict_x0(x, v, sigma) + noise_kept * predict_noise(x, v, sigma)
@@ -231,7 +235,7 @@ class SDE:
         return Step(*table.to(x.dtype).to(x.device).view(3, -1, *[1] * (x.ndim - 1)))
 
     def transition(self, x, v, k):
-        """Eq. 7 as (mean, std):  x' ~ N(mean, Σ²),  mean = a_k·x + b_k·v by the sampler's mean rule above.
+        """One step as (mean, std), Eq. 7:  x' ~ N(mean, Σ²),  mean = a_k·x + b_k·v by the sampler's mean rule above.
 
         Where Σ = 0 every rule is the Euler step of Eq. 1, x − Δ·v.
 
@@ -239,7 +243,7 @@ class SDE:
         step. std is [B, 1, …], broadcastable to x.
         """
         if x.shape != v.shape:
-            raise ValueError(f"x and v must have one shape: got {tuple(x.shape)} and {tuple(v.shape)}")
+            raise ValueError(f"x and v must have the same shape: got {tuple(x.shape)} and {tuple(v.shape)}")
         a, b, std = self.step(k, x)
         return a * x + b * v, std
 
@@ -268,8 +272,8 @@ def log_prob(x_next, mean, std):
 # ---------------------------------------------------------------------------------------------- rollout
 @dataclass
 class Trajectory:
-    """One batch of rollouts, float32 (or float64 if the first state was), the model's dtype notwithstanding:
-    with bf16 states the ratio of the first update differs from 1 by many times the clip range."""
+    """One batch of rollouts, float32 (or float64 if the first state was) whatever the model's dtype: with bf16 states
+    the ratio of the first update would differ from 1 by many times the clip range."""
 
     states: torch.Tensor  # [B, T + 1, …]  states[:, k] lies at sigmas[k]; states[:, -1] is the sample
     means: torch.Tensor  # [B, T, …]      mean of each step under the policy that made the rollout

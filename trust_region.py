@@ -3,7 +3,8 @@
 Position control keeps the policy θ near an anchor (the pre-trained policy, or a copy of θ refreshed every N optimizer
 steps); velocity control keeps it near π_old, the policy that made the rollout. The paper calls that one π_{k−1}.
 
-Velocity control acts from two optimizer steps per iteration on: with one, θ is π_old until that step is made (grpo.py).
+Velocity control acts only with two or more optimizer steps per iteration: with one, θ is π_old until that step is made
+(grpo.py).
 """
 
 import contextlib
@@ -13,11 +14,11 @@ import torch
 # L_KL = w_pos·KL(θ‖anchor) + w_vel·KL(θ‖π_old). The betas of Eq. 14 belong to `dual` alone.
 KL_MODES = ("none", "fixed", "stepwise", "moving", "dual")
 STEPWISE_KL = ("rollout_phase", "closed_form")  # Eq. 15, Eq. 12
-KL_SCHEDULES = ("fixed", "two_stage", "milder", "ramp")
+KL_SCHEDULES = ("fixed", "two_stage", "milder", "ramp", "controller")
 
 
 def gaussian_kl(mean, mean_ref, std):
-    """Eq. 11:  KL(π_θ ‖ π_ref) = ‖mean_θ − mean_ref‖² / (2Σ²), two Gaussians of the same std Σ.
+    """Eq. 11:  KL(π_θ ‖ π_ref) = ‖mean_θ − mean_ref‖² / (2Σ²D), two Gaussians of the same std Σ.
 
     Divided by the VARIANCE once (write-ups that print Σ_t² mean Σ_t for the std). Taken as a mean over the D elements,
     like log_prob, so that both have one scale. mean, mean_ref: [B, …]; std: one number for each sample, or one for all.
@@ -63,7 +64,8 @@ def kl_coefficient(schedule, iteration, final, early, switch):
     fixed      final throughout
     two_stage  early until iteration `switch`, then final: first room to explore, then a tighter region. Paper's best
     milder     early until `switch`, then the geometric mean of early and final (the paper's value is not printed; ours)
-    ramp       linear, from early at iteration 0 to final at `switch`: what is known of the released code's controller
+    ramp       linear, from early at iteration 0 to final at `switch`
+    controller early: what LambdaController begins with. It is the released code's, as far as that is known
     """
     if schedule not in KL_SCHEDULES:
         raise ValueError(f"kl_schedule must be one of {', '.join(KL_SCHEDULES)}: got {schedule!r}")
@@ -72,9 +74,46 @@ def kl_coefficient(schedule, iteration, final, early, switch):
     if schedule == "ramp":
         share = min(1.0, iteration / switch) if switch else 1.0
         return early + share * (final - early)
-    if iteration < switch:
+    if schedule == "controller" or iteration < switch:
         return early
     return final if schedule == "two_stage" else (early * final) ** 0.5
+
+
+class LambdaController:
+    """λ_KL by the KL that was seen, as a fork of the released code (TVRL) sets it at every backward pass.
+
+    `value` rises linearly from early towards final over the first `ramp` − 1 passes. After that it is multiplied by 0.9
+    after a pass where the mean of the last ten KLs is above 1.5·target, and by 1.1 where it is below 0.5·target, within
+    [early, final]. So a LARGE KL makes λ_KL small, the opposite of PPO's controller: the trust region loosens when the
+    policy leaves it. With a moving anchor the KL is 0 after each refresh, so λ_KL rises there and falls again as the
+    policy moves. The release's own class could not be read; its fork's numbers are early 1e-7, final 1e-5, target 1e-5,
+    ramp 100.
+    """
+
+    def __init__(self, early, final, target, ramp=100, window=10):
+        if early > final:
+            rule = "with kl_schedule controller, kl_lambda_early must be at most kl_lambda: it keeps λ_KL between them"
+            raise ValueError(f"{rule}: got {early:g} and {final:g}")
+        self.early, self.final, self.target, self.ramp, self.window = early, final, target, ramp, window
+        self.value, self.passes, self.recent = early, 0, []
+
+    def observe(self, kl):
+        """After each backward pass, with the mean of its L_KL."""
+        self.passes += 1
+        self.recent = [*self.recent, kl][-self.window :]
+        mean = sum(self.recent) / len(self.recent)
+        if self.passes < self.ramp:
+            self.value = self.early + self.passes / self.ramp * (self.final - self.early)
+        elif mean > 1.5 * self.target:
+            self.value = max(0.9 * self.value, self.early)
+        elif mean < 0.5 * self.target:
+            self.value = min(1.1 * self.value, self.final)
+
+    def state_dict(self):
+        return {"value": self.value, "passes": self.passes, "recent": list(self.recent)}
+
+    def load_state_dict(self, state):
+        self.value, self.passes, self.recent = state["value"], state["passes"], list(state["recent"])
 
 
 class Anchor:
