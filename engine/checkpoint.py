@@ -1,9 +1,9 @@
-"""The run folder: settings, log, and checkpoints that survive a kill at any moment. The one border for a run's files.
+"""Checkpoints that survive a kill at any moment. engine/folder.py has the rest of the run folder.
 
 A checkpoint is one folder, written under a temporary name and renamed once complete:
 
     shard-…safetensors   trainable weights, optimizer state and anchor; each rank writes its own parts
-    progress.json        counters, settings, the iteration's line of the log, the log's length and SHA-256
+    progress.json        counters, settings, digests of what the run reads, its line of the log and those not yet in it
     checksums.json       the SHA-256 of every other file
 
 Any number of ranks can read it, and one process without torch.distributed. Reading runs no code, whatever the files
@@ -11,23 +11,17 @@ hold: there is no pickle. All files are verified before one of them is interpret
 than those in checksums.json counts as damaged. Other names beside the checkpoints are ignored, but for
 `tmp-iteration-<n>`: a save that was killed leaves such a folder, and the next save removes it.
 
-There is no generator to save: `generator` makes each one from (seed, what it is for, iteration, sample), so counters
-and seed bring all of them back. The optimizers' hyperparameters come from the settings, not from the checkpoint.
-
-What can be wrong with a run folder is a FolderError: one message, the same on all ranks.
+There is no generator to save: `engine.draws` makes each one from (seed, what it is for, iteration, sample), so
+counters and seed bring all of them back. The optimizers' hyperparameters come from the settings, not from here.
 """
 
 import contextlib
-import fcntl
 import hashlib
-import json
 import math
 import os
 import re
 import shlex
 import shutil
-import socket
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,24 +38,27 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-# Frozen weights come from the pre-trained model; strict=False because the saved state lacks them on the way in.
+from engine.folder import flush, set_aside, strict_json, warn_of_failure, write_whole
+from engine.ranks import FolderError, on_all_ranks, on_first_rank, own_rank
+from video.json_file import read_json
+
+# A checkpoint has no frozen weights, they are the model's: a save leaves them out, and loading must not ask for them.
 TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
-CHECKSUMS, PROGRESS, LOG, LOCK = "checksums.json", "progress.json", "metrics.jsonl", ".lock"
-MOST_JSON = 2**24  # bytes; a file that is larger is none of ours
+CHECKSUMS, PROGRESS = "checksums.json", "progress.json"
+FIX = "restore it from a copy"
 BYTES_PER_FILE = 2**31  # DCP builds a file in memory before it writes it
 KEYS_OF_PROGRESS = {
     "iteration": int,
     "optimizer_steps_made": int,
     "ranks": int,
     "line": dict,
-    "log": dict,
+    "log_first": int,
+    "log_waiting": list,
     "settings": dict,
     "prompt_digests": dict,
+    "file_digests": dict,
+    "controller": dict,
 }
-
-
-class FolderError(ValueError):
-    """What is wrong with a run folder or its disk, and how to mend it."""
 
 
 @dataclass
@@ -72,42 +69,12 @@ class Checkpoint:
     progress: dict
 
 
-# ---------------------------------------------------------------------------------------------- ranks
-def _rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _on_all_ranks(work, *arguments):
-    """[what work returns on each rank]. Where it fails on one of them, all raise its error, and none waits for it."""
-    try:
-        outcome = (work(*arguments), None)
-    except (OSError, ValueError) as error:
-        outcome = (None, str(error))
-    outcomes = [outcome]
-    if dist.is_initialized():
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome)
-    for _, problem in outcomes:
-        if problem is not None:
-            raise FolderError(problem)
-    return [value for value, _ in outcomes]
-
-
-def _on_first_rank(work, *arguments):
-    """What work returns on the first rank, which alone does it, on all ranks."""
-
-    def work_of_first():
-        return work(*arguments) if _rank() == 0 else None
-
-    return _on_all_ranks(work_of_first)[0]
-
-
-# ---------------------------------------------------------------------------------------------- save
+# ------------------------------------------------------------------------------------------------ save
 def save(folder, module, optimizers, anchor, progress, keep=2):
     """Write folder/iteration-<n> with n = progress["iteration"]; keep the newest `keep`. Every rank must call it.
 
     progress: see KEYS_OF_PROGRESS. What is not finite is refused: such a state cannot be trained on, and saving it
-    twice would push out the last good one.
+    twice would push out the last good one. The run folder around must be there: it is not made anew.
     """
     folder = Path(folder)
     state, _ = _state(module, optimizers, anchor)
@@ -117,16 +84,16 @@ def save(folder, module, optimizers, anchor, progress, keep=2):
     final = folder / f"iteration-{progress['iteration']:06d}"
     temporary = folder / f"tmp-{final.name}"
     try:
-        _on_first_rank(_clear, folder)
+        on_first_rank(_clear, folder)
         _write_tensors(state, tensors, temporary)
         digests = {}
-        for own in _on_all_ranks(_digests_of_own_files, temporary):
+        for own in on_all_ranks(_digests_of_own_files, temporary):
             digests |= own
-        _on_first_rank(_finish, temporary, final, progress, digests)
+        on_first_rank(_finish, temporary, final, progress, digests)
     except FolderError as error:
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise FolderError(_on_first_rank(_failed_save, final, temporary, needed, str(error))) from None
-    _on_first_rank(_remove_old, folder, keep)
+        needed = _bytes(tensors.values())
+        raise FolderError(on_first_rank(_failed_save, final, temporary, needed, str(error))) from None
+    on_first_rank(_remove_old, folder, keep)
     return final
 
 
@@ -157,7 +124,7 @@ def _refuse_what_is_not_finite(tensors, folder):
                 return name
         return None
 
-    for rank, name in enumerate(_on_all_ranks(first_of_this_rank)):
+    for rank, name in enumerate(on_all_ranks(first_of_this_rank)):
         if name is not None:
             raise FloatingPointError(
                 f"a checkpoint must be finite: got NaN or infinity in {name} of rank {rank}; nothing was saved, the "
@@ -166,7 +133,7 @@ def _refuse_what_is_not_finite(tensors, folder):
 
 
 def _clear(folder):
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for leftover in folder.glob("tmp-iteration-*"):
         _remove(leftover)
 
@@ -180,7 +147,7 @@ def _remove(path):
 
 
 def _write_tensors(state, tensors, path):
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    size = _bytes(tensors.values())
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     count = math.ceil(size / ranks / BYTES_PER_FILE)  # files of one rank
     file_of, seen = {}, 0
@@ -203,7 +170,7 @@ def _run(dcp_function, state, **storage):
 
 def _digests_of_own_files(path):
     """{name: SHA-256} of what this rank has written: no rank has to read the others' files."""
-    return _digests(sorted(path.glob(f"shard-{_rank() + 1:05d}-*")))
+    return _digests(sorted(path.glob(f"shard-{own_rank() + 1:05d}-*")))
 
 
 def _digests(paths):
@@ -218,32 +185,21 @@ def _digest(path):
 
 
 def _finish(temporary, final, progress, digests):
-    (temporary / PROGRESS).write_text(_strict_json(progress))
+    write_whole(temporary / PROGRESS, strict_json(progress))
     digests |= _digests([temporary / PROGRESS])
-    (temporary / CHECKSUMS).write_text(_strict_json(digests))
-    for name in (PROGRESS, CHECKSUMS):
-        _flush(temporary / name)  # DCP has flushed its own files
-    _flush(temporary)
+    write_whole(temporary / CHECKSUMS, strict_json(digests))
+    flush(temporary)  # DCP has flushed its own files
     os.rename(temporary, final)  # atomic: the checkpoint is there as a whole, or not at all
-    _flush(final.parent)
-
-
-def _flush(path):
-    """Force a file or folder to disk: a rename must not outrun the data that it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(final.parent)
 
 
 def _failed_save(final, temporary, needed, cause):
     """The message of a save that failed; what it has written is removed."""
     shutil.rmtree(temporary, ignore_errors=True)
-    names = [path.name for path in complete(final.parent)]
+    names = [path.name for path in listed(final.parent)]
     return (
         f"{final} could not be written: {cause}. It needs {needed:,} bytes; {_free(final.parent):,} are free in "
-        f"{final.parent}. Checkpoints that are there: {', '.join(names) or 'none'}. Mend that, and --resume"
+        f"{final.parent}. Checkpoints that are there: {', '.join(names) or 'none'}. Fix that, and --resume"
     )
 
 
@@ -256,12 +212,13 @@ def _free(folder):
 
 def _remove_old(folder, keep):
     """Remove all but the newest `keep` checkpoints that have all their files; those that lack some do not count."""
-    listed = [path for path in complete(folder) if _files_differ(path) is None]
-    for old in listed[:-keep]:
+    intact = [path for path in listed(folder) if _files_differ(path) is None]
+    for old in intact[:-keep]:
         with warn_of_failure(f"removing {old}"):
             _remove(old.rename(folder / f"tmp-{old.name}"))  # first out of sight, then gone
 
 
+# ------------------------------------------------------------------------------------------------ room
 def check_room(folder, module, optimizers, anchor, keep):
     """FolderError where the disk cannot hold the checkpoints of one moment: `keep`, and the one being written."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -269,7 +226,7 @@ def check_room(folder, module, optimizers, anchor, keep):
     for optimizer in optimizers:
         moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1  # Muon has one
         size += moments * sum(_bytes(group["params"]) for group in optimizer.param_groups)
-    _on_first_rank(_check_room, Path(folder), size, keep)
+    on_first_rank(_check_room, Path(folder), size, keep)
 
 
 def _bytes(tensors):
@@ -277,7 +234,7 @@ def _bytes(tensors):
 
 
 def _check_room(folder, size, keep):
-    missing = max(keep - len(complete(folder)), 0) + 1
+    missing = max(keep - len(listed(folder)), 0) + 1
     if missing * size > _free(folder):
         raise FolderError(
             f"{folder} must have room for keep_checkpoints + 1 checkpoints of {size:,} bytes: {missing} more need "
@@ -286,8 +243,8 @@ def _check_room(folder, size, keep):
         )
 
 
-# ---------------------------------------------------------------------------------------------- find and verify
-def complete(folder):
+# ------------------------------------------------------------------------------------------------ find and verify
+def listed(folder):
     """All checkpoints of a folder, oldest first. Whether they are whole, only `choose` knows."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -300,9 +257,9 @@ def _iteration_of(path):
     return int(path.name.removeprefix("iteration-"))
 
 
-def latest(run, name=None):
+def find(run, name=None):
     """The newest checkpoint of a run, or the one called name; not verified."""
-    found = {path.name: path for path in complete(Path(run) / "checkpoints")}
+    found = {path.name: path for path in listed(Path(run) / "checkpoints")}
     if not found:
         raise FileNotFoundError(f"a run to resume must hold a complete checkpoint: {run} has none; start it anew")
     if name is not None and name not in found:
@@ -315,11 +272,11 @@ def choose(run, name=None):
 
     Where it is damaged, the error names the newest one that is whole; to go on from that one is the user's decision.
     """
-    return _on_first_rank(_choose, Path(run), name)
+    return on_first_rank(_choose, Path(run), name)
 
 
 def _choose(run, name):
-    chosen = latest(run, name)
+    chosen = find(run, name)
     try:
         return Checkpoint(chosen, verify(chosen))
     except (OSError, ValueError) as error:
@@ -332,7 +289,7 @@ def _choose(run, name):
 
 
 def _newest_whole(run):
-    for path in reversed(complete(run / "checkpoints")):
+    for path in reversed(listed(run / "checkpoints")):
         with contextlib.suppress(OSError, ValueError):
             verify(path)
             return path
@@ -344,13 +301,13 @@ def verify(path):
     problem = _files_differ(path)
     if problem is not None:
         raise FolderError(problem)
-    saved = read_json(path / CHECKSUMS)
+    saved = read_json(path / CHECKSUMS, FIX)
     for name, digest in _digests([path / name for name in saved]).items():
         if digest != saved[name]:
             raise FolderError(
                 f"{name} has changed since it was saved: its SHA-256 is {digest}, {CHECKSUMS} has {saved[name]!r}"
             )
-    progress = read_json(path / PROGRESS)
+    progress = read_json(path / PROGRESS, FIX)
     _check_progress(progress)
     if progress["iteration"] != _iteration_of(path):
         raise FolderError(f"{PROGRESS} must be of the iteration in the folder's name: got {progress['iteration']}")
@@ -362,9 +319,9 @@ def _files_differ(path):
     if not path.is_dir():
         return "it is not a folder"
     try:
-        saved = read_json(path / CHECKSUMS)
-    except FolderError as error:
-        return f"{error} (a checkpoint of an earlier version has none: finish that run with that version)"
+        saved = read_json(path / CHECKSUMS, FIX)
+    except (OSError, ValueError) as error:
+        return str(error)
     found = {file.name for file in path.iterdir()}
     wanted = {*saved, CHECKSUMS, PROGRESS}
     if wanted - found:
@@ -382,37 +339,27 @@ def _check_progress(progress):
     for name, kind in KEYS_OF_PROGRESS.items():
         if type(progress.get(name)) is not kind:
             raise FolderError(f"{PROGRESS} must hold {name} of type {kind.__name__}: got {progress.get(name)!r}")
-    refreshed_at, log = progress.get("anchor_refreshed_at"), progress["log"]
+    refreshed_at = progress.get("anchor_refreshed_at")
     if refreshed_at is not None and type(refreshed_at) is not int:
         raise FolderError(f"{PROGRESS} must hold anchor_refreshed_at, a number or null: got {refreshed_at!r}")
-    if type(log.get("bytes")) is not int or type(log.get("sha256")) is not str:
-        raise FolderError(f"{PROGRESS} must hold the log's bytes and sha256: got {log!r}")
-    for number in (progress["iteration"], progress["optimizer_steps_made"], log["bytes"], refreshed_at or 0):
+    for number in (progress["iteration"], progress["optimizer_steps_made"], progress["log_first"], refreshed_at or 0):
         if number < 0:
             raise FolderError(f"{PROGRESS} must hold counters from 0 on: got {number}")
 
 
 def set_aside_newer(chosen):
     """Rename the checkpoints after the chosen one: the run will make these iterations again. They are not deleted."""
-    _on_first_rank(_set_aside_newer, chosen.path)
+    on_first_rank(_set_aside_newer, chosen.path)
 
 
 def _set_aside_newer(path):
-    for newer in complete(path.parent):
+    for newer in listed(path.parent):
         if _iteration_of(newer) > _iteration_of(path):
-            kept = _set_aside(newer)
+            kept = set_aside(newer)
             print(f"{newer.name} is newer than {path.name}, which the run goes on from: renamed to {kept.name}")
 
 
-def _set_aside(path):
-    """Give a file or folder a free name that nothing here reads."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.set-aside-{number}")).exists():
-        number += 1
-    return path.rename(aside)
-
-
-# ---------------------------------------------------------------------------------------------- load
+# ------------------------------------------------------------------------------------------------ load
 def load(chosen, module, optimizers, anchor):
     """Bring weights, optimizers and anchor back in place, bit for bit, from what `choose` returned."""
     state, param_groups = _state(module, optimizers, anchor)
@@ -460,286 +407,4 @@ def _read_tensors(path, state, tensors, saved):
             raise FolderError(
                 f"{path} must hold this run's {name}, {wanted}: got {got}; was the model or a setting changed?"
             )
-        if not _are_rows_once(saved[name].chunks, tensor.shape):
-            raise FolderError(f"{path} must hold each row of {name} once: got {len(saved[name].chunks)} other parts")
     _run(dcp.load, state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-
-
-def _are_rows_once(chunks, shape):
-    """Whether the parts of a tensor follow one another along its first dimension, as FSDP shards it."""
-    if not shape:
-        return len(chunks) == 1
-    end = 0
-    for chunk in sorted(chunks, key=lambda chunk: (*chunk.offsets, *chunk.sizes)):
-        if tuple(chunk.offsets) != (end, *[0] * (len(shape) - 1)) or chunk.sizes[1:] != shape[1:]:
-            return False
-        end += chunk.sizes[0]
-    return end == shape[0]
-
-
-# ---------------------------------------------------------------------------------------------- randomness
-def generator(*key):
-    """A torch.Generator of its own for each purpose: its seed is a hash of the key, e.g. (seed, "noise", iteration,
-    sample).
-
-    No generator lives from one iteration to the next, so the counters of a checkpoint restore them all, and a sample's
-    noise does not depend on the number of ranks. On the CPU, so that it does not depend on the device either.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-# ---------------------------------------------------------------------------------------------- run folder and settings
-def open_run(resumed, runs, name, default):
-    """(run folder, whether the run goes on, whether it goes on after a restart of this launch), on every rank.
-
-    A new run never writes into an existing folder. Without a name it is called <default>-<n>.
-
-    `torchrun --max-restarts` starts all ranks again with the same command: a note beside the runs says which folder
-    this launch has opened. Each machine's agent counts its own restarts, so the first rank's count alone does not tell.
-    """
-    restarts = _on_all_ranks(lambda: int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    return _on_first_rank(_open_run, resumed, Path(runs), name, default, max(restarts) > 0)
-
-
-def _open_run(resumed, runs, name, default, restarted):
-    note = _note_of_launch(runs)
-    if restarted and note is not None and note.is_file():
-        run = Path(note.read_text())
-        run.mkdir(parents=True, exist_ok=True)
-        print(f"a restart of this launch goes on in {run}", file=sys.stderr)
-        return run, bool(complete(run / "checkpoints")), True
-    if resumed:
-        return Path(resumed), True, False
-    run = _new_run(runs, name, default)
-    _note_launch(runs, run)  # before the folder is there, for a start that dies in between
-    run.mkdir(parents=True, exist_ok=True)
-    return run, False, False
-
-
-def _new_run(runs, name, default):
-    if not name:
-        taken = [path.name.removeprefix(f"{default}-") for path in runs.glob(f"{default}-*")]
-        numbers = [int(number) for number in taken if number.isdecimal()]
-        name = f"{default}-{max(numbers, default=0) + 1}"
-    if is_taken(runs / name):
-        raise FolderError(taken(runs / name))
-    return runs / name
-
-
-def is_taken(run):
-    """Whether a new run may not have this folder. What a start leaves that failed before its first line is free."""
-    left_by_a_start = {LOCK, "config.json", "config.json.tmp", "tiny", "mini"}
-    is_free = run.is_dir() and {path.name for path in run.iterdir()} <= left_by_a_start
-    return os.path.lexists(run) and not is_free
-
-
-def taken(run):
-    return f"{run} exists; continue it with --resume {shlex.quote(str(run))}, or choose another --name"
-
-
-@contextlib.contextmanager
-def locked(run):
-    """The run folder is this launch's alone. The lock ends with the first rank's process, in whatever way that ends."""
-    held = []
-    _on_first_rank(_lock, run, held)
-    try:
-        yield
-    finally:
-        for file in held:
-            file.close()
-
-
-def _lock(run, held):
-    held.append(open(run / LOCK, "ab+"))
-    try:
-        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        rule = "one launch at a time may train in a run folder"
-        raise FolderError(f"{rule}: another one does in {run}; stop it first, or choose another --name") from None
-    except OSError as error:  # some network file systems have no locks
-        print(f"warning: {run} cannot be locked, start no second launch in it: {error}", file=sys.stderr)
-
-
-def _note_of_launch(runs):
-    """Where a launch that may restart notes its run folder; None for any other."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
-        return None
-    launch = os.environ["TORCHELASTIC_RUN_ID"]
-    if launch == "none":  # torchrun without a rendezvous id: its own process tells its launches apart
-        launch = f"{socket.gethostname()} {os.getppid()}"
-    return runs / f".launch-{hashlib.sha256(launch.encode()).hexdigest()[:16]}"
-
-
-def note_launch(runs, run):
-    """From here on a restart of this launch goes on in this folder, from its newest checkpoint whatever --from says."""
-    _on_first_rank(_note_launch, Path(runs), run)
-
-
-def _note_launch(runs, run):
-    note = _note_of_launch(runs)
-    if note is not None:
-        runs.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(run))
-
-
-def forget_launch(runs):
-    """A run that is done needs no note for a restart."""
-    note = _note_of_launch(Path(runs))
-    if _rank() == 0 and note is not None:
-        note.unlink(missing_ok=True)
-
-
-def write_settings(run, settings):
-    """config.json, under a temporary name first: what stood there stays whole until the rename."""
-
-    def write():
-        temporary = run / "config.json.tmp"
-        temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False))
-        os.replace(temporary, run / "config.json")
-
-    _on_first_rank(write)
-
-
-def read_settings(run, known):
-    """config.json of a run to continue; settings that this version does not know are refused, not dropped."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume must name a run folder with a config.json: got {run}")
-    settings = read_json(path)
-    if "accumulation" in settings:
-        raise ValueError(
-            f"{path} was written by a version whose `accumulation` made several optimizer steps of one rollout; now "
-            "`optimizer_steps` counts them (default 1, as in the paper) and the anchor moves between iterations. "
-            "Going on would train by another algorithm: finish that run with the version that began it, or start anew"
-        )
-    unknown = sorted(settings.keys() - set(known))
-    if unknown:
-        raise ValueError(f"{path} holds settings that this version does not know: {', '.join(unknown)}")
-    return settings
-
-
-def read_json(path):
-    """The object in a JSON file; FolderError where there is none."""
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise FolderError(f"{path} must be a file")
-    if path.stat().st_size > MOST_JSON:
-        raise FolderError(f"{path} must be the JSON that the run wrote: got {path.stat().st_size:,} bytes")
-    try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair, which no file can hold
-    except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"{path} must be the JSON that the run wrote: {error}") from None
-    if not isinstance(value, dict):
-        raise FolderError(f"{path} must be the JSON that the run wrote, an object: got {type(value).__name__}")
-    return value
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-def _strict_json(value):
-    """JSON that every reader takes: null for NaN and infinity, which JSON does not have."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-@contextlib.contextmanager
-def warn_of_failure(what, failures=OSError):
-    """For what a run can do without, such as a picture: a warning on stderr where it fails, and the run goes on."""
-    try:
-        yield
-    except failures as error:
-        print(f"warning: {what} failed, the run goes on: {error!r}", file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------- log
-class Log:
-    """metrics.jsonl, one line for each iteration, written by the first rank, at a cost that does not grow.
-
-    A checkpoint holds the line of its own iteration, and length and SHA-256 of the log before it. A run that goes on
-    verifies these bytes; its first line then takes the place of all that followed them, which happens again. What
-    cannot be written, on a full disk say, waits for the next line.
-    """
-
-    def __init__(self, run, kept=None, renew=False):
-        """kept: {"bytes", "sha256"} of a checkpoint; None begins a new log. renew: a damaged log may be begun anew."""
-        self.path = Path(run) / LOG
-        self.bytes, self.sha256, self.waiting = 0, hashlib.sha256(), b""
-        self.renewed = False
-        if kept is not None:
-            self.renewed = _on_first_rank(self._take_up, kept, renew)
-
-    def _take_up(self, kept, renew):
-        """Verify the bytes that a checkpoint knows of. Returns whether the log was begun anew instead."""
-        known = b""
-        if self.path.is_file() and self.path.stat().st_size >= kept["bytes"]:
-            with open(self.path, "rb") as file:
-                known = file.read(kept["bytes"])
-        digest = hashlib.sha256(known)
-        if (len(known), digest.hexdigest()) == (kept["bytes"], kept["sha256"]):
-            self.bytes, self.sha256 = len(known), digest
-            return False
-        if not renew:
-            raise FolderError(
-                f"{self.path} must begin with the {kept['bytes']:,} bytes that it had when the checkpoint was made: "
-                f"they have changed or are missing. Restore them, or add `--allow {LOG}`: the file is set aside and a "
-                "new log begun; training does not read it"
-            )
-        if os.path.lexists(self.path):
-            _set_aside(self.path)
-        return True
-
-    def append(self, line):
-        if _rank() != 0:
-            return
-        self.waiting += f"{_strict_json(line)}\n".encode()
-        with warn_of_failure(f"writing {self.path}"):
-            with open(self.path, "r+b" if self.bytes else "wb") as file:
-                file.seek(self.bytes)
-                file.truncate()  # what a killed or failed write has left
-                file.write(self.waiting)
-            self.sha256.update(self.waiting)
-            self.bytes += len(self.waiting)
-            self.waiting = b""
-
-    def position(self):
-        """Length and SHA-256 of what is written, for a checkpoint."""
-        if _rank() == 0 and self.bytes:
-            with warn_of_failure(f"flushing {self.path}"):
-                _flush(self.path)
-        return {"bytes": self.bytes, "sha256": self.sha256.hexdigest()}
-
-
-def read_log(run):
-    """The lines of a run's metrics.jsonl, NaN where one has null; a last one that was cut short, by a kill say, is
-    left out.
-    """
-    path = Path(run) / LOG
-    lines = []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-            lines.append({name: math.nan if value is None else value for name, value in line.items()})
-        except (ValueError, AttributeError) as error:
-            raise FolderError(f"{path} must hold a JSON object in each line: line {number}, {error}") from None
-    return lines
-
-
-def tensorboard(run):
-    """A TensorBoard writer where the package is installed, else None: metrics.jsonl holds the same."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(run / "tensorboard")

@@ -1,42 +1,42 @@
 """The plan of a run: what it will do and cost, in numbers, before anything is spent.
 
     arithmetic      samples, passes, optimizer steps; every run prints it at its start
+    print_cost      passes of the transformer, FLOPs, hours, disk and messages
     print_memory    GiB on each GPU, by part
-    passes          transformer passes per video and sampling step, by what they are made for
-    print_cost      those passes, and the FLOPs, hours and disk that follow from them
-    print_trace     the same from an iteration of the real code, on tensors that have sizes but no data
-All but the trace is computed from the settings and the sizes of the architecture; nothing is measured.
+All of it is computed from the settings and the sizes of the released architecture; nothing is measured. trace.py runs
+an iteration of the real code on tensors without data, and tests/test_trace.py compares the two.
+
+A forward pass has two kinds of FLOPs, (linear, attention), since backward multiplies them differently.
 """
 
-import contextlib
 import dataclasses
+import functools
 import math
-import time
-import weakref
-from datetime import timedelta
+import re
 
 import torch
-import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import FlopCounterMode
 
-from config import TOY
-from grpo import Batch, micro_batch_loss, micro_batches_per_step, samples_per_condition
+from engine.presets import TOY
+from grpo import copies_in_rollout, copies_in_update, micro_batches_per_step, samples_in_update
 from prompts import read_prompts
-from sde import Trajectory
-from trust_region import kl_weights
 
 VIDEOALIGN = 4 * 2.2e9  # bytes of Qwen2-VL-2B in float32
 TEXT_ENCODER = 2 * 7.07e9  # bytes of the language model of Qwen2.5-VL-7B in bf16, the largest part that is read whole
+VAE_PARAMETERS = 1.26e9
 GPUS_PER_MACHINE = 8
 # Bytes that the VAE takes for each pixel of a tile of 256 × 256 pixels and all frames while it decodes: six feature
 # maps of 128 channels in float32, as traced.
 DECODE_BYTES = 6 * 128 * 4
-TFLOPS = 400.0  # of a GPU at work; an H100's bf16 matrices reach about twice that where nothing else is done
+TFLOPS = 400.0  # of a GPU at work in bf16; an H100's matrices reach about twice that where nothing else is done
+RATES = {"float32": 1 / 15, "tf32": 1 / 2, "bfloat16": 1, "float16": 1}  # of an H100, by that of bf16
+# Qwen2-VL-2B's FLOPs for a token of the video, 28 × 28 pixels of 2 frames: 2 for each of 1.3·10⁹ weights of the
+# language model, and for 0.66·10⁹ of the vision tower at each of the token's four patches.
+SCORE_FLOPS = 2 * (1.3e9 + 4 * 0.66e9)
+SCORED_FPS, TOKENS_PER_PAIR = 2, 256  # of VideoAlign's released settings: frames a second, tokens of two frames
 
 
+# ---------------------------------------------------------------------------------------------- what a run does
 def branches(config):
     """(branches of guidance that a rollout has, those that are trained)."""
     if config.model == TOY or config.guidance_scale == 1:
@@ -49,18 +49,29 @@ def iterations_per_anchor(config):
     return math.ceil(config.anchor_every / config.optimizer_steps)
 
 
+def reference_share(config):
+    """Share of all steps, over many iterations, whose mean under the anchor must be computed."""
+    if not config.has_anchor:
+        return 0.0
+    share = samples_in_update(config) / config.batch_size
+    share *= (config.kl_steps or config.trained_steps()) / config.num_steps
+    if config.kl_mode == "fixed":  # it is the rollout's policy once, at the start
+        return share
+    return share * (1 - 1 / iterations_per_anchor(config))
+
+
 def arithmetic(config, ranks):
     """What a run of these settings does on so many processes, in numbers, before anything is spent."""
     trained, samples = config.trained_steps(), config.batch_size * (ranks // config.context_parallel)
-    per_step = micro_batches_per_step(config.batch_size, trained, config)
+    per_step = micro_batches_per_step(samples_in_update(config), trained, config)
     micro_batches = per_step * config.optimizer_steps
     sampled_branches, trained_branches = branches(config)
-    passes = config.batch_size * sampled_branches
-    trained_passes = config.batch_size * trained_branches
+    sampled_passes = config.batch_size * sampled_branches
+    trained_passes = samples_in_update(config) * trained_branches
     doubled = ", doubled by guidance" if sampled_branches == 2 else ""
     prompts = samples // config.group_size
     shared = f", {config.context_parallel} to a video" if config.context_parallel > 1 else ""
-    sizes = f"{config.batch_size} / {config.micro_batch} × {trained}"
+    sizes = f"{samples_in_update(config)} / {config.micro_batch} × {trained}"
     in_all = config.optimizer_steps * config.iterations
     lines = [
         f"samples per iteration    {samples} = {prompts} prompts × {config.group_size}, on {ranks} rank(s){shared}",
@@ -68,18 +79,18 @@ def arithmetic(config, ranks):
         f"micro-batches            {micro_batches} = {sizes} per iteration and rank",
         f"optimizer steps          {config.optimizer_steps} per iteration, of {per_step} micro-batches each;"
         f" {in_all} in all, {config.optimizer}",
-        f"passes per rank          rollout {passes} × {config.num_steps}, update {trained_passes} × {trained} with"
-        f" gradient; counted per sample{doubled}",
+        f"passes per rank          rollout {sampled_passes} × {config.num_steps}, update {trained_passes} × {trained}"
+        f" with gradient; counted per sample{doubled}",
     ]
-    if trained_passes < passes and config.optimizer_steps > 1:
+    if trained_branches < sampled_branches and config.optimizer_steps > 1:
         lines.append("                         from the second optimizer step on as many more without gradient")
-    w_pos, _ = kl_weights(config.kl_mode)
-    if w_pos:
+    reference_passes = samples_in_update(config) * sampled_branches
+    if config.has_anchor:
         lines.append(
-            f"reference passes         {passes} × {config.kl_steps or trained} without gradient, unless the anchor is"
-            " the rollout's policy"
+            f"reference passes         {reference_passes} × {config.kl_steps or trained} without gradient, unless the"
+            " anchor is the rollout's policy"
         )
-    if config.kl_mode in ("moving", "dual"):
+    if config.has_anchor and config.kl_mode != "fixed":
         often = iterations_per_anchor(config)
         lines.append(f"anchor refresh           every {config.anchor_every} optimizer steps = {often} iteration(s)")
         if often == 1:  # Eq. 11 against the anchor is then Eq. 12
@@ -88,78 +99,10 @@ def arithmetic(config, ranks):
     return "\n".join(lines)
 
 
-def memory(config, shards):
-    """hunyuan.memory_estimate for a Config whose model is shared by so many GPUs."""
-    import hunyuan
-
-    _, trained_branches = branches(config)
-    parts = hunyuan.memory_estimate(
-        hunyuan.token_count(config.frames, config.height, config.width) // config.context_parallel,
-        shards,
-        config.lora_rank,
-        config.micro_batch,
-        config.anchor_offload,
-        muon=config.optimizer == "muon",
-        branches=trained_branches,
-        checkpointing=config.checkpointing,
-    )
-    w_pos, _ = kl_weights(config.kl_mode)
-    if not w_pos:
-        parts["anchor"] = 0.0
-    return parts
-
-
-def peak_memory(config, shards):
-    """GiB of an iteration's peak on each GPU, by part: that of the update, or of a decode where that needs more."""
-    parts = memory(config, shards)
-    parts["videoalign"] = VIDEOALIGN / 2**30
-    parts["rollout"] = rollout_bytes(config) / 2**30
-    update_alone = sum(parts[name] for name in ("activations", "gathered", "gradients"))
-    parts["decode"] = max(0.0, DECODE_BYTES * config.frames * 256**2 / 2**30 - update_alone)
-    return parts
-
-
-def rollout_bytes(config):
-    """Of a rank's samples: states, means, the reference's means, and a branch of guidance if it is stored."""
-    import hunyuan
-
-    latents = 1 + config.num_steps  # states
-    latents += config.num_steps * (2 if reference_share(config) else 1)
-    sampled_branches, trained_branches = branches(config)
-    if trained_branches < sampled_branches:
-        latents += config.num_steps
-    latent = math.prod(hunyuan.latent_shape(config.frames, config.height, config.width))
-    return 4 * config.batch_size * latents * latent
-
-
-def print_memory(config, ranks, gpu_memory_gb):
-    """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
-    import hunyuan
-
-    shards = ranks // config.replicate
-    parts = peak_memory(config, shards)
-    total, parameters = sum(parts.values()), hunyuan.meta_transformer().num_parameters()
-    tokens = hunyuan.token_count(config.frames, config.height, config.width)
-    eval_tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
-    print(f"tokens per video         {tokens:,} in training, {eval_tokens:,} in evaluation")
-    print(f"parameters               {parameters:,}")
-    print(
-        "memory per GPU (GiB)     "
-        + " + ".join(f"{name} {size:.1f}" for name, size in parts.items())
-        + f" = {total:.1f}"
-    )
-    if gpu_memory_gb and total > gpu_memory_gb:
-        raise SystemExit(
-            f"the estimate must fit the GPU: got {total:.1f} GiB for {gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "
-            "--anchor_offload, --micro_batch 1, or fewer frames and pixels"
-        )
-
-
-# ---------------------------------------------------------------------------------------------- FLOPs and hours
-def pass_counts(config):
+def passes(config):
     """{purpose: (passes without gradient, passes with gradient) of the network for each video and sampling step}."""
     sampled_branches, trained_branches = branches(config)
-    trained_share = config.trained_steps() / config.num_steps
+    trained_share = samples_in_update(config) / config.batch_size * config.trained_steps() / config.num_steps
     later = 0.0
     if trained_branches < sampled_branches:  # the stored branch serves until the first optimizer step
         later = trained_share * (1 - 1 / config.optimizer_steps)
@@ -170,15 +113,222 @@ def pass_counts(config):
     }
 
 
-def passes(config):
-    """{purpose: passes for each video and sampling step}, in forward passes of the network, as (linear, attention)."""
-    multiples = pass_with_gradient(config)
-    counts = pass_counts(config)
-    return {name: tuple(plain + times * trained for times in multiples) for name, (plain, trained) in counts.items()}
+# ---------------------------------------------------------------------------------------------- sizes of the network
+@functools.cache
+def released_transformer():
+    from video import files, hunyuan
+
+    return hunyuan.make_trainable(files.meta_transformer())
 
 
-def pass_with_gradient(config):
-    """(linear, attention) of one pass with gradient, in forward passes.
+def prepared_transformer(architecture=None):
+    """The transformer as it is trained in full, without memory. architecture: another than the released one."""
+    from video import files, hunyuan
+
+    return hunyuan.make_trainable(files.meta_transformer(architecture)) if architecture else released_transformer()
+
+
+def takes_muon(name, parameter):
+    """Whether --optimizer muon gives a trained parameter to Muon: the matrices of the blocks."""
+    return "blocks." in name and parameter.ndim == 2
+
+
+def trained_parameters(transformer, lora_rank):
+    """(parameters that are trained, those among them that Muon can take), for a prepared_transformer.
+
+    A LoRA has rank · (in + out) for each linear map that it adapts, all of them matrices of blocks.
+    """
+    from video import hunyuan
+
+    if lora_rank:
+        count = 0
+        for name in hunyuan.lora_targets(transformer):
+            linear = transformer.get_submodule(name)
+            count += lora_rank * (linear.in_features + linear.out_features)
+        return count, count
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    matrices = sum(p.numel() for name, p in trained.items() if takes_muon(name, p))
+    return sum(p.numel() for p in trained.values()), matrices
+
+
+def pass_flops(tokens, architecture=None):
+    """FLOPs of one forward pass of one video: (linear maps, attention).
+
+    2 for each weight and token; 4·n²·D for each block's attention over n tokens. The text is left out: about 1% for
+    every hundred of its tokens.
+    """
+    transformer = prepared_transformer(architecture)
+    acts_on_video = re.compile(r"x_embedder\.|proj_out\.|transformer_blocks\.\d+\.(attn\.to_([qkv]|out)\.|ff\.)")
+    weights = 0
+    for name, parameter in transformer.named_parameters():
+        if acts_on_video.match(name) and parameter.ndim > 1:
+            weights += parameter.numel()
+    sizes = transformer.config
+    width = sizes.num_attention_heads * sizes.attention_head_dim  # D
+    return 2 * weights * tokens, 4 * tokens**2 * width * sizes.num_layers
+
+
+def training_flops(config):
+    """pass_flops of a video of the rollouts."""
+    from video import hunyuan
+
+    return pass_flops(hunyuan.token_count(config.frames, config.height, config.width))
+
+
+def decode_flops(frames, height, width):
+    """FLOPs of the VAE's decoding of one video, in its tiles: AutoencoderKLHunyuanVideo15.tiled_decode.
+
+    All but a thousandth of them are convolutions', so they are counted for one place of the latent, and the places of
+    all tiles are added up.
+    """
+    from video import files, hunyuan
+
+    with torch.device("meta"):
+        vae = files.AutoencoderKLHunyuanVideo15()
+    channels, latent_frames, *sides = hunyuan.latent_shape(frames, height, width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.decoder(torch.empty(1, channels, latent_frames, 1, 1, device="meta"))
+    tile = vae.tile_latent_min_height
+    if max(sides) > tile:
+        step = int(tile * (1 - vae.tile_overlap_factor))
+        sides = [sum(min(tile, side - start) for start in range(0, side, step)) for side in sides]
+    return math.prod(sides) * counter.get_total_flops()
+
+
+def score_flops(config):
+    """FLOPs of VideoAlign for one video, without its prompt's tokens."""
+    pairs = math.ceil(config.frames / config.fps * SCORED_FPS / 2)
+    return SCORE_FLOPS * TOKENS_PER_PAIR * pairs
+
+
+def vae_bytes(config):
+    """Of one number."""
+    return 2 if config.vae_dtype in ("bfloat16", "float16") else 4
+
+
+# ---------------------------------------------------------------------------------------------- memory
+def memory(config, shards, architecture=None):
+    """GiB on each GPU, by part, for bf16 compute, where so many GPUs share a model. An estimate, not a measurement.
+
+    With P parameters, of which T are trained, N GPUs, and n tokens of video and longest text:
+    weights      full: 4·P/N.  LoRA over a bf16 base: (2·P + 4·T)/N
+    gathered     FSDP's bf16 copies, see gathered_bytes
+    gradients    4·T/N
+    optimizer    8·T/N, the two float32 moments of AdamW. Muon keeps one moment, 4 bytes, for the matrices that it takes
+    anchor       4·T/N, or 0 when offloaded, or without a position KL
+    activations  2·n·D bytes for each block's input, times the branches of guidance that are trained, times the samples
+                 of a micro-batch; and about 100·n·D for what one block holds while it runs backward: 56 were counted in
+                 its saved tensors on a CPU, the rest is for temporaries. Checkpointing "attention" stores 2·n·D more
+                 for each block, "none" those 56·n·D of every block
+    vae          1.26·10⁹ parameters, without its activations: it decodes while the transformer rests
+    Not counted: text encoders (freed before training), fragmentation, CUDA itself (about 1 GiB).
+    """
+    from video import hunyuan
+    from video.prompts import LONGEST_TEXT
+
+    transformer = prepared_transformer(architecture)
+    sizes = transformer.config
+    width = sizes.num_attention_heads * sizes.attention_head_dim  # D
+    tokens = hunyuan.token_count(config.frames, config.height, config.width) // config.context_parallel
+    n = tokens + LONGEST_TEXT
+    total = transformer.num_parameters()  # P
+    trained, matrices = trained_parameters(transformer, config.lora_rank)  # T
+    _, trained_branches = branches(config)
+    weights = 2 * total + 4 * trained if config.lora_rank else 4 * total
+    moments = 8 * trained
+    if config.optimizer == "muon":
+        moments -= 4 * matrices
+    stored = {"full": 2, "attention": 2 + 2, "none": 56}[config.checkpointing] * n * width  # of a block and pass
+    stored_blocks = stored * trained_branches * sizes.num_layers * config.micro_batch
+    running_block = 100 * n * width
+    parts = {
+        "weights": weights / shards,
+        "gathered": gathered_bytes(transformer, shards, config.lora_rank),
+        "gradients": 4 * trained / shards,
+        "optimizer": moments / shards,
+        "anchor": 4 * trained / shards if config.has_anchor and not config.anchor_offload else 0,
+        "activations": stored_blocks + running_block,
+        "vae": vae_bytes(config) * VAE_PARAMETERS,
+    }
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
+def gathered_bytes(transformer, shards, lora_rank):
+    """Bytes of the weights' bf16 copies on one GPU.
+
+    FSDP holds two blocks and the root at a time. Full training adds the gradients of one block, in bf16 and in float32.
+    On one GPU nothing is gathered, but full training has the bf16 copies of all weights that autocast makes.
+    """
+    total = transformer.num_parameters()
+    if shards == 1:
+        return 0 if lora_rank else 2 * total
+    block = sum(parameter.numel() for parameter in transformer.transformer_blocks[0].parameters())
+    other_blocks = (transformer.config.num_layers - 2) * block
+    copies = 2 * (total - other_blocks)
+    block_gradients = 0 if lora_rank else (2 + 4) * block
+    return copies + block_gradients
+
+
+def peak_memory(config, shards):
+    """GiB of an iteration's peak on each GPU, by part: that of the update, or of a decode where that needs more."""
+    parts = memory(config, shards)
+    parts["videoalign"] = VIDEOALIGN / 2**30
+    parts["rollout"] = rollout_bytes(config) / 2**30
+    update_alone = sum(parts[name] for name in ("activations", "gathered", "gradients"))
+    tile = DECODE_BYTES * vae_bytes(config) / 4 * config.frames * 256**2
+    parts["decode"] = max(0.0, tile / 2**30 - update_alone)
+    return parts
+
+
+def rollout_bytes(config):
+    """Of a rank's samples: states, means, the reference's means, and a branch of guidance if it is stored."""
+    from video import hunyuan
+
+    latents = 1 + config.num_steps  # states
+    latents += config.num_steps * (2 if reference_share(config) else 1)
+    sampled_branches, trained_branches = branches(config)
+    if trained_branches < sampled_branches:
+        latents += config.num_steps
+    latent = math.prod(hunyuan.latent_shape(config.frames, config.height, config.width))
+    return 4 * config.batch_size * latents * latent
+
+
+def host_memory(config, ranks):
+    """(bytes of a machine's memory while a model is read, while it trains)."""
+    offloaded = 0.0
+    if config.anchor_offload:
+        on_gpu = dataclasses.replace(config, anchor_offload=False)
+        offloaded = 2**30 * memory(on_gpu, ranks // config.replicate)["anchor"] * min(ranks, GPUS_PER_MACHINE)
+    return max(TEXT_ENCODER, offloaded), offloaded
+
+
+def checkpoint_bytes(config):
+    """Trained weights, which are as large as their gradients, the optimizer's moments and the anchor."""
+    parts = memory(dataclasses.replace(config, anchor_offload=False), shards=1)
+    return 2**30 * (parts["gradients"] + parts["optimizer"] + parts["anchor"])
+
+
+def print_memory(config, ranks, gpu_memory_gb):
+    """The dry run's estimate of memory per GPU, from the configuration alone; SystemExit where it cannot fit."""
+    from video import hunyuan
+
+    parts = peak_memory(config, ranks // config.replicate)
+    total, parameters = sum(parts.values()), released_transformer().num_parameters()
+    tokens = hunyuan.token_count(config.frames, config.height, config.width)
+    eval_tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
+    print(f"tokens per video         {tokens:,} in training, {eval_tokens:,} in evaluation")
+    print(f"parameters               {parameters:,}")
+    print(f"memory per GPU (GiB)     {sum_of(parts)}")
+    if gpu_memory_gb and total > gpu_memory_gb:
+        raise SystemExit(
+            f"the estimate must fit the GPU: got {total:.1f} GiB for {gpu_memory_gb:g}; use more GPUs, --lora_rank 64, "
+            "--anchor_offload, --micro_batch 1, or fewer frames and pixels"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- FLOPs and hours
+def gradient_cost(config):
+    """What a pass with gradient costs, in forward passes: (linear, attention).
 
     That is the forward; what checkpointing computes again; backward, which is 2 forwards of a linear map (1 in a LoRA,
     whose base has no gradient of its own) and 2.5 of attention.
@@ -191,458 +341,155 @@ def pass_with_gradient(config):
     return linear, attention
 
 
+def forward_passes(config, forward):
+    """{purpose: forward passes of the same FLOPs, for each video and step}. forward: pass_flops of a video."""
+    linear, attention = forward
+    more_linear, more_attention = gradient_cost(config)
+    with_gradient = (more_linear * linear + more_attention * attention) / (linear + attention)
+    return {name: plain + with_gradient * trained for name, (plain, trained) in passes(config).items()}
+
+
+def iteration_flops(config, forward):
+    """{purpose: FLOPs of the transformer on each GPU in an iteration}."""
+    each = config.batch_size * config.num_steps * sum(forward) / config.context_parallel
+    return {name: each * number for name, number in forward_passes(config, forward).items()}
+
+
 def measured_tflops(config, line, forward):
     """TFLOP/s of this rank's rollout and update: the FLOPs of the passes that a line of the log counts, by its seconds.
 
-    forward: (linear, attention), the FLOPs of one forward pass of one video: hunyuan.pass_flops.
+    forward: pass_flops of a video.
     """
-    linear, attention = pass_with_gradient(config)
+    linear, attention = gradient_cost(config)
     _, trained_branches = branches(config)
-    trained = config.batch_size * config.trained_steps() * trained_branches
+    trained = samples_in_update(config) * config.trained_steps() * trained_branches
     plain = line["rollout_passes"] + line["update_passes"] - trained
     flops = (plain + trained * linear) * forward[0] + (plain + trained * attention) * forward[1]
     seconds = line["rollout_seconds"] + line["update_seconds"]
     return flops / config.context_parallel / seconds / 1e12
 
 
-def reference_share(config):
-    """Share of all steps, over many iterations, whose mean under the anchor must be computed."""
-    w_pos, _ = kl_weights(config.kl_mode, config.beta_pos, config.beta_vel)
-    if not w_pos:
-        return 0.0
-    share = (config.kl_steps or config.trained_steps()) / config.num_steps
-    if config.kl_mode == "fixed":  # it is the rollout's policy once, at the start
-        return share
-    return share * (1 - 1 / iterations_per_anchor(config))
+def gpu_hours(config, ranks, tflops=TFLOPS):
+    """{part: hours of each GPU in all iterations}, where a GPU reaches so many TFLOP/s in bf16."""
+    from video import hunyuan
 
+    rate = 3600e12 * tflops
+    scoring = score_flops(config) / RATES["float32"]  # its scores must not change
+    decoding = decode_flops(config.frames, config.height, config.width) / RATES[config.vae_dtype]
+    transformer = sum(iteration_flops(config, training_flops(config)).values()) / RATES[config.compute_dtype]
 
-def forward_equivalents(config, linear, attention):
-    """Passes per video and step in whole forward passes, where one forward has these FLOPs of each kind."""
-    whole = linear + attention
-    return {name: (a * linear + b * attention) / whole for name, (a, b) in passes(config).items()}
-
-
-def cost(config, linear, attention):
-    """({purpose: FLOPs of an iteration on each GPU}, FLOPs of all iterations), for a forward pass of these FLOPs."""
-    videos_and_steps = config.batch_size * config.num_steps / config.context_parallel
-    iteration = {name: videos_and_steps * (a * linear + b * attention) for name, (a, b) in passes(config).items()}
-    return iteration, config.iterations * sum(iteration.values())
-
-
-def evaluation_cost(config):
-    """FLOPs of a run's evaluations, of all GPUs together."""
-    import hunyuan
-
-    tokens = hunyuan.token_count(config.frames, config.eval_height, config.eval_width)
-    evaluations = 1 + math.ceil(config.iterations / config.eval_every)  # the first before training
-    samples = len(read_prompts(config.eval_prompts)) * config.eval_noises
+    eval_size = config.frames, config.eval_height, config.eval_width
     sampled_branches, _ = branches(config)
-    return evaluations * samples * config.eval_steps * sampled_branches * sum(hunyuan.pass_flops(tokens))
+    sampling = config.eval_steps * sampled_branches * sum(pass_flops(hunyuan.token_count(*eval_size)))
+    of_a_video = sampling / config.context_parallel / RATES[config.compute_dtype]
+    of_a_video += decode_flops(*eval_size) / RATES[config.vae_dtype] + scoring
+    evaluations = 1 + math.ceil(config.iterations / config.eval_every)  # the first before training
+    videos = len(read_prompts(config.eval_prompts)) * config.eval_noises
+    most = math.ceil(videos / (ranks // config.context_parallel))  # on the GPU with most
+    return {
+        "transformer": config.iterations * transformer / rate,
+        "VAE": config.iterations * config.batch_size * decoding / rate,
+        "reward model": config.iterations * config.batch_size * scoring / rate,
+        "evaluations": evaluations * most * of_a_video / rate,
+    }
 
 
-def print_cost(config, ranks, tflops):
-    """FLOPs, hours, disk, messages. The hours leave out VAE, reward model, text tokens, messages and waiting."""
-    import hunyuan
-
-    forward = hunyuan.pass_flops(hunyuan.token_count(config.frames, config.height, config.width))
-    iteration, run = cost(config, *forward)
-    equivalents = forward_equivalents(config, *forward)
-    shown = " + ".join(f"{name} {value:.1f}" for name, value in equivalents.items())
-    print(f"passes per video, step   {shown} = {sum(equivalents.values()):.1f} forward passes")
-    each = sum(iteration.values())
-    in_all = f"{each / 1e15:.0f} an iteration, {run / 1e15:,.0f} a run"
+def print_cost(config, ranks, tflops, price=None):
+    """Passes, FLOPs, hours, disk and messages. The hours leave out text tokens, messages, saves and waiting."""
+    forward = training_flops(config)
+    equivalents = forward_passes(config, forward)
+    each = sum(iteration_flops(config, forward).values()) / 1e15
+    in_all = f"{each:.0f} an iteration, {config.iterations * each:,.0f} a run"
+    print(f"passes per video, step   {sum_of(equivalents)} forward passes")
     print(f"PFLOP per GPU            {sum(forward) / 1e15:.2f} a pass, {in_all}")
-    rate = (tflops or TFLOPS) * 1e12
-    minutes, training = each / rate / 60, run / rate / 3600
-    evaluating = evaluation_cost(config) / ranks / rate / 3600
+    tflops = tflops or TFLOPS
+    parts = gpu_hours(config, ranks, tflops)
+    hours = sum(parts.values())
+    minutes = 60 * (hours - parts["evaluations"]) / config.iterations
     print(
-        f"time at {rate / 1e12:g} TFLOP/s      {minutes:.1f} minutes an iteration, {training:.1f} hours for all"
-        f" {config.iterations}, {evaluating:.1f} more for evaluations; VAE, rewards and messages not counted"
+        f"time at {tflops:g} TFLOP/s      {minutes:.1f} minutes an iteration; messages, saves and waiting not counted"
     )
+    print(f"hours                    {sum_of(parts)} for all {config.iterations} iterations")
+    if config.attention == "auto":
+        print("attention                the kernel that the first rank measures as the fastest at the start")
+    if price:
+        print(
+            f"price                    ${hours * ranks * price:,.0f} at ${price:g} for an hour of each of {ranks} GPUs"
+        )
     size = checkpoint_bytes(config) / 1e9
     count = config.keep_checkpoints + 1
     most = f"{count} at most while one is written: {count * size:.0f}"
     print(f"disk                     {size:.0f} GB a checkpoint, {most}")
-    parts = messages(config, ranks)
-    shown = " + ".join(f"{name} {part / 2**40:.1f}" for name, part in parts.items())
-    print(f"messages (TiB)           {shown} = {sum(parts.values()) / 2**40:.1f} an iteration over each GPU's link")
+    within, between = messages_by_reach(config, ranks)
+    for reach, sent in (("within", within), ("between", between)):
+        if sent:
+            print(f"{f'messages {reach} (TiB)':<24} {sum_of(sent, 2**40, 2)} an iteration and GPU, {reach} machines")
     reading, training = (part / 1e9 for part in host_memory(config, ranks))
     print(
-        f"host memory              {reading:.0f} GB of each machine of {GPUS_PER_MACHINE} GPUs while the model is read,"
-        f" then {training:.0f} GB beside PyTorch's own"
+        f"host memory              {reading:.0f} GB of each machine while the model is read, then {training:.0f} GB"
+        " beside PyTorch's own"
     )
 
 
+def sum_of(parts, unit=1, digits=1):
+    """{name: number} as the text of a sum."""
+    shown = " + ".join(f"{name} {part / unit:.{digits}f}" for name, part in parts.items())
+    return f"{shown} = {sum(parts.values()) / unit:.{digits}f}"
+
+
+# ---------------------------------------------------------------------------------------------- messages
+def messages_by_reach(config, ranks):
+    """The messages that there are: those that stay within a machine, and those that leave it."""
+    parts = {name: part for name, part in messages(config, ranks).items() if part}
+    leaving = []
+    if ranks > GPUS_PER_MACHINE:
+        leaving.append("replicas")
+    if ranks // config.replicate > GPUS_PER_MACHINE:
+        leaving += ["gather", "reduce"]
+    within = {name: part for name, part in parts.items() if name not in leaving}
+    between = {name: part for name, part in parts.items() if name in leaving}
+    return within, between
+
+
 def messages(config, ranks, architecture=None):
-    """{purpose: bytes that cross each GPU's link in an iteration}, of collectives counted as in MESSAGES.
+    """{purpose: bytes that cross each GPU's link in an iteration}, of collectives counted as in trace.MESSAGES.
 
     With P parameters of w bytes, of which T are trained:
     gather      P·w for a forward pass, as much again for its backward
     reduce      4·T for a pass with gradient
-    replicas    2 · 4·T / shards for it, where machines hold whole models
+    replicas    2 · 4·T / shards for each pass with gradient of an optimizer step's last micro-batch, where machines
+                hold whole models: parallel.reduce_between_machines
     context     4 exchanges of a share of the tokens (q, k, v, output) for each block's forward pass, for its second
                 one under checkpointing, and for its backward; those of the text are left out
     """
-    import hunyuan
+    from video import hunyuan
 
     shards = ranks // config.replicate
-    transformer = hunyuan.prepare(hunyuan.meta_transformer(architecture))
+    times = 2 if config.checkpointing == "none" else 3
+    transformer = prepared_transformer(architecture)
     sizes = transformer.config
     width = 2 if config.compute_dtype == "bfloat16" else 4
     total = transformer.num_parameters()
-    trained = hunyuan.trained_parameters(transformer, config.lora_rank)
+    trained, _ = trained_parameters(transformer, config.lora_rank)
     if config.lora_rank:
         total += trained
-    counts = pass_counts(config).values()
-    calls = config.batch_size * config.num_steps / samples_per_condition(config)  # for each pass of a video and step
-    plain = calls * sum(without for without, _ in counts)
-    with_gradient = calls * sum(with_ for _, with_ in counts)
+    plain = with_gradient = context = 0.0
+    for purpose, (plain_passes, trained_passes) in passes(config).items():
+        copies = copies_in_rollout(config) if purpose == "rollout" else copies_in_update(config)
+        calls = config.batch_size * config.num_steps / copies  # for each pass of a video and step
+        plain += calls * plain_passes
+        with_gradient += calls * trained_passes
+        context += calls * copies * (plain_passes + times * trained_passes)
     parts = {"gather": 0.0, "reduce": 0.0, "replicas": 0.0, "context": 0.0}
     if shards > 1:
         parts["gather"] = width * total * (plain + 2 * with_gradient)
         parts["reduce"] = 4 * trained * with_gradient
     if config.replicate > 1:
-        parts["replicas"] = 2 * 4 * trained / shards * with_gradient
+        _, trained_branches = branches(config)
+        of_a_micro_batch = trained_branches * config.micro_batch / copies_in_update(config)
+        parts["replicas"] = 2 * 4 * trained / shards * of_a_micro_batch * config.optimizer_steps
     if config.context_parallel > 1:
         tokens = hunyuan.token_count(config.frames, config.height, config.width) / config.context_parallel
         exchange = 4 * width * tokens * sizes.num_attention_heads * sizes.attention_head_dim * sizes.num_layers
-        times = 2 if config.checkpointing == "none" else 3
-        parts["context"] = exchange * samples_per_condition(config) * (plain + times * with_gradient)
+        parts["context"] = exchange * context
     return parts
-
-
-def host_memory(config, ranks):
-    """(bytes of a machine's memory while a model is read, while it trains)."""
-    offloaded = 0.0
-    if config.anchor_offload:
-        of_one_gpu = memory(dataclasses.replace(config, anchor_offload=False), ranks // config.replicate)["anchor"]
-        offloaded = 2**30 * of_one_gpu * min(ranks, GPUS_PER_MACHINE)
-    return max(TEXT_ENCODER, offloaded), offloaded
-
-
-def checkpoint_bytes(config):
-    """Trained weights, which are as large as their gradients, the optimizer's moments and the anchor."""
-    parts = memory(dataclasses.replace(config, anchor_offload=False), shards=1)
-    return 2**30 * (parts["gradients"] + parts["optimizer"] + parts["anchor"])
-
-
-# ---------------------------------------------------------------------------------------------- the trace
-# What a trace knows of memory. "rest": activations, what backward keeps, temporaries, states of the rollout.
-KINDS = ("weights", "gathered", "gradients", "optimizer", "anchor", "vae", "rest")
-TEXT_TOKENS = 200  # of a prompt of the trace, and of the empty one: a long caption
-GLYPH_TOKENS = 8
-
-
-def attention_product(q, k):
-    """Half the FLOPs of Q·Kᵀ, from the shapes [B, heads, S, D] of both."""
-    return q[0] * q[1] * q[2] * k[2] * q[3]
-
-
-# PyTorch has no formula for the CPU's attention, which the trace runs. Its other formulas are those of FlopCounterMode.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda q, k, *rest, **options: 4 * attention_product(q, k)  # Q·Kᵀ and the sum over V
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        # Five products of that size: one is the scores', again.
-        lambda gradient, q, k, *rest, **options: 10 * attention_product(q, k)
-    ),
-}
-FLOPS = flop_registry | {
-    operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()
-}
-# Collectives, as the dispatcher knows them, and how often the bytes of their largest argument cross a GPU's link.
-MESSAGES = {"_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1, "allreduce_": 2}
-
-
-class Ledger(TorchDispatchMode):
-    """Every storage that is alive, by kind; within a `phase` the most bytes at a time, FLOPs and bytes of messages.
-
-    A storage is found where an operator returns it, and leaves when Python drops it. FSDP frees gathered weights by
-    resizing their storage to 0, which no operator shows: `resize_` itself is watched.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.entries = {}  # address of a storage's C++ object -> [bytes, kind]
-        self.now = dict.fromkeys(KINDS, 0)
-        self.phases = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function.namespace == "prim":  # a question about a tensor; there are hundreds of thousands
-            return result
-        if function.namespace == "c10d":
-            self.messages += message_bytes(function, args)
-        formula = FLOPS.get(function.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.enter(tensor)
-        return result
-
-    def __enter__(self):
-        self.messages, self.flops, self.peak = 0, 0, dict(self.now)
-        self.resize = torch.UntypedStorage.resize_
-        ledger = self
-
-        def resize(storage, size):
-            ledger.resize(storage, size)
-            if storage._cdata in ledger.entries:
-                ledger.change(storage._cdata, size, "gathered")
-
-        torch.UntypedStorage.resize_ = resize
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch.UntypedStorage.resize_ = self.resize
-        return super().__exit__(*error)
-
-    def enter(self, tensor, kind="rest"):
-        """Take in the storage of a tensor, or of this rank's part of it."""
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
-        if storage._cdata not in self.entries:
-            self.entries[storage._cdata] = [0, kind]
-            weakref.finalize(storage, self.leave, storage._cdata)
-        self.change(storage._cdata, storage.nbytes(), None if kind == "rest" else kind)
-
-    def change(self, address, size, kind=None):
-        entry = self.entries[address]
-        self.now[entry[1]] -= entry[0]
-        entry[:] = size, kind or entry[1]
-        self.now[entry[1]] += size
-        if sum(self.now.values()) > sum(self.peak.values()):
-            self.peak = dict(self.now)
-
-    def leave(self, address):
-        size, kind = self.entries.pop(address)
-        self.now[kind] -= size
-
-    @contextlib.contextmanager
-    def phase(self, name):
-        """Record what happens within, once."""
-        self.messages, self.flops, self.peak = 0, 0, dict(self.now)
-        yield
-        self.phases[name] = {"peak": self.peak, "flops": self.flops, "messages": self.messages}
-
-
-def message_bytes(function, args):
-    """Bytes that a collective moves over one GPU's link, about; 0 of one that moves none."""
-    times = MESSAGES.get(function._schema.name.removeprefix("c10d::"), 0)
-    return times * max((leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)), default=0)
-
-
-class WithoutData(TorchFunctionMode):
-    """Answers the questions about values that the stock forward pass and the optimizer step ask, which have none.
-
-    The masks that HunyuanPolicy hands over keep every token, and it hands over no image.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.__bool__:  # "is there no image", "is the gradient norm finite"
-            return True
-        if function is torch.Tensor.__index__:  # a sample's condition: all are alike
-            return 0
-        if function is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
-            tokens, mask = args
-            return tokens[:0] if getattr(mask, "keeps_none", False) else tokens[:]
-        result = function(*args, **(kwargs or {}))
-        if function is torch.Tensor.__invert__:
-            result.keeps_none = True
-        return result
-
-
-def empty_mask(frames, places, dtype, device, batch_size):
-    """In place of the VAE's own, which fills the mask row by row: thousands for each tile, minutes of a trace."""
-    tokens = frames * places
-    return torch.empty(tokens, tokens, dtype=dtype, device=device).expand(batch_size, -1, -1)
-
-
-def meta_policy(config, mesh, context, architecture=None):
-    """The policy as hunyuan.load makes it, before it has memory. architecture: another than the released one."""
-    import hunyuan
-
-    dtype = getattr(torch, config.compute_dtype)
-    transformer = hunyuan.meta_transformer(architecture, dtype if config.lora_rank else torch.float32)
-    hunyuan.prepare(transformer, config.lora_rank, config.checkpointing, ["flash"], context)
-    if mesh is not None:
-        hunyuan.shard(transformer, mesh, dtype)
-    with torch.device("meta"):
-        vae = hunyuan.AutoencoderKLHunyuanVideo15().requires_grad_(False)
-    for module in vae.modules():
-        if hasattr(module, "prepare_causal_attention_mask"):
-            module.prepare_causal_attention_mask = empty_mask
-    shape = hunyuan.latent_shape(config.frames, config.height, config.width)
-    return hunyuan.HunyuanPolicy(
-        transformer, vae, None, shape, config.guidance_scale, dtype, config.micro_batch, config.guidance_gradient
-    )
-
-
-def trace(config, processes, make_optimizers, make_anchor, architecture=None):
-    """A Ledger of the second iteration of a run: the real code, on tensors that have sizes but no data.
-
-    Each phase runs once, on one micro-batch where it runs over micro-batches, and is counted as often as an iteration
-    runs it. make_optimizers, make_anchor: train.py's.
-    """
-    # Here, since they are no public part of PyTorch, and no run should depend on them.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from parallel import context_group, device_mesh
-
-    mesh, context = None, None
-    if processes > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-        context = context_group(config.context_parallel, timedelta(hours=1))
-        mesh = device_mesh("cpu", config.replicate)
-    try:
-        policy, sde = meta_policy(config, mesh, context, architecture), config.sde()
-        with FakeTensorMode(allow_non_fake_inputs=True), WithoutData(), Ledger() as ledger:
-            run = TracedRun(config, policy, sde, ledger, make_optimizers, make_anchor)
-            run.fill_gradients()
-            run.optimizer_step()  # that of the first iteration, which makes the moments
-            run.iteration()
-    finally:
-        if processes > 1:
-            dist.destroy_process_group()
-    return ledger
-
-
-def phase_counts(config):
-    """{phase of a trace: how often an iteration does it, in the mean over a run}; an evaluation is counted apart."""
-    batches = config.batch_size / config.micro_batch
-    return {
-        "rollout": config.num_steps * batches,
-        "decode": config.batch_size,
-        "reference": reference_share(config) * config.num_steps * batches,
-        "update": config.trained_steps() * batches,
-        "optimizer": config.optimizer_steps,
-        "evaluation": 0,
-    }
-
-
-class TracedRun:
-    """A policy, its optimizers and its anchor, and the phases of an iteration."""
-
-    def __init__(self, config, policy, sde, ledger, make_optimizers, make_anchor):
-        import hunyuan
-
-        self.config, self.policy, self.sde, self.ledger = config, policy, sde, ledger
-        self.module = policy.module
-        self.module.to_empty(device="cpu")
-        policy.vae.to_empty(device="cpu")
-        sizes = self.module.config
-        text = torch.empty(TEXT_TOKENS, sizes.text_embed_dim), torch.empty(GLYPH_TOKENS, sizes.text_embed_2_dim)
-        policy.unconditional = hunyuan.Prompt(*text)
-        for parameter in self.module.parameters():
-            ledger.enter(parameter, "weights")
-        for tensor in (*self.policy.vae.parameters(), *self.policy.vae.buffers()):
-            ledger.enter(tensor, "vae")
-        self.optimizers = make_optimizers(self.module, config)
-        self.anchor = make_anchor(self.module, config)
-        for copy in self.anchor._copies if self.anchor else ():
-            if not config.anchor_offload:
-                ledger.enter(copy, "anchor")
-        self.batch = self.rolled_out()
-
-    def rolled_out(self):
-        """A Batch whose tensors have the sizes of a rollout's."""
-        config, shape = self.config, self.policy.latent_shape
-        samples, steps = config.batch_size, config.num_steps
-        conditions = [self.policy.unconditional] * samples
-        states = torch.empty(samples, steps + 1, *shape)
-        trajectory = Trajectory(states, torch.empty(samples, steps, *shape), torch.empty(samples, steps))
-        sampled, trained = branches(config)
-        stored = torch.empty(samples, steps, *shape) if trained < sampled else None
-        advantages, valid = torch.empty(samples), torch.ones(samples, dtype=torch.bool)
-        return Batch(self.sde, conditions, trajectory, stored, advantages, valid, 0, {})
-
-    def iteration(self):
-        """Every phase once."""
-        import hunyuan
-
-        states = self.batch.trajectory.states
-        micro_batch = slice(self.config.micro_batch)
-        with torch.no_grad(), self.ledger.phase("rollout"):
-            v = self.velocity(states[micro_batch, 0])
-            self.sde.transition(states[micro_batch, 0], v, 0)
-        with self.ledger.phase("decode"):
-            self.policy.decode(states[:1, -1])  # it decodes one after another
-        if self.anchor is not None:
-            with torch.no_grad(), self.ledger.phase("reference"), self.anchor.swapped_in():
-                self.velocity(states[micro_batch, 0])
-        self.fill_gradients()
-        with self.ledger.phase("update"):
-            self.update()
-        with self.ledger.phase("optimizer"):
-            self.optimizer_step()
-        shape = hunyuan.latent_shape(self.config.frames, self.config.eval_height, self.config.eval_width)
-        with torch.no_grad(), self.ledger.phase("evaluation"):
-            x = torch.empty(1, *shape)
-            self.policy.velocity(x, torch.empty(1), self.batch.conditions[:1])
-            self.policy.decode(x)
-
-    def velocity(self, x):
-        conditions = self.batch.conditions[: len(x) : samples_per_condition(self.config)]
-        return self.policy.velocity(x, torch.empty(len(x)), conditions)
-
-    def fill_gradients(self):
-        """The gradients that the micro-batches before have left."""
-        for parameter in self.module.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
-                self.ledger.enter(parameter.grad, "gradients")
-
-    def update(self):
-        """Forward and backward of one micro-batch."""
-        config = self.config
-        rows, steps = torch.arange(config.micro_batch), torch.zeros(config.micro_batch, dtype=torch.long)
-        weights = torch.ones(config.batch_size, config.num_steps, dtype=torch.float64)
-        means = self.batch.trajectory.means.clone() if self.anchor else None  # the reference's
-        loss, _ = micro_batch_loss(self.policy, self.batch, config, means, weights, rows, steps, weights[0], 1.0)
-        loss.backward()
-
-    def optimizer_step(self):
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            for state in optimizer.state.values():
-                for tensor in tree_leaves(state):
-                    if isinstance(tensor, torch.Tensor):
-                        self.ledger.enter(tensor, "optimizer")
-            optimizer.zero_grad()
-
-
-def print_trace(config, processes, tflops, make_optimizers, make_anchor):
-    """The trace as a table, and what follows from it."""
-    started = time.perf_counter()
-    ledger = trace(config, processes, make_optimizers, make_anchor)
-    counts, reward = phase_counts(config), VIDEOALIGN / 2**30
-    print(f"traced, on each GPU      GiB at the peak of each phase; {reward:.1f} of them are VideoAlign's weights")
-    moved, peaks, flops = 0.0, {}, {}
-    for name, phase in ledger.phases.items():
-        parts = {kind: size / 2**30 for kind, size in phase["peak"].items()}
-        peaks[name] = sum(parts.values()) + reward
-        flops[name] = counts[name] * phase["flops"]
-        moved += counts[name] * phase["messages"]
-        shown = " + ".join(f"{kind} {size:.1f}" for kind, size in parts.items() if size >= 0.05)
-        print(f"  {name:10} {peaks[name]:5.1f} = {shown}; {phase['flops'] / 1e15:.2f} PFLOP, {counts[name]:g} times")
-    highest = max(peaks, key=peaks.get)
-    computed = sum(peak_memory(config, processes // config.replicate).values())
-    print(f"traced peak              {peaks[highest]:.1f} GiB, in the {highest}; computed: {computed:.1f}")
-    sampled_branches, _ = branches(config)
-    forward = flops["rollout"] / sampled_branches
-    shares = {name: flops[name] / forward for name in ("rollout", "reference", "update")}
-    shown = " + ".join(f"{name} {share:.2f}" for name, share in shares.items())
-    print(f"traced passes            {shown} = {sum(shares.values()):.2f} forward passes for each video and step")
-    iteration = sum(flops.values())
-    seconds = iteration / ((tflops or TFLOPS) * 1e12)
-    hours = config.iterations * seconds / 3600
-    print(
-        f"traced PFLOP             {iteration / 1e15:.0f} an iteration and GPU, VAE and {TEXT_TOKENS} text tokens"
-        f" counted: {seconds / 60:.1f} minutes, {hours:.1f} hours for all {config.iterations}"
-    )
-    print(f"traced messages (TiB)    {moved / 2**40:.1f} an iteration over each GPU's link")
-    print(f"traced in                {time.perf_counter() - started:.0f} s")
