@@ -4,6 +4,7 @@
     context_group   the GPUs that share the tokens of one video: context parallelism
     split_tokens    makes a transformer work on its own share of the tokens
     own_backward    makes FSDP2 reduce a pass's gradients at once
+    reduce_between_machines   lets gradients leave the machine once per optimizer step
 
 **Context parallelism** (Ulysses: Jacobs et al. 2023, arXiv 2309.14509). C neighbouring ranks make the same videos, each
 on S / C of the S video tokens. Linear maps, norms and MLPs act on each token alone, so they need no message. Attention
@@ -24,6 +25,7 @@ So the gradient of a weight is the sum over the C ranks. FSDP takes the mean ove
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 
 # ---------------------------------------------------------------------------------------------- who shares what
@@ -150,7 +152,7 @@ class AllTokens(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------------- one pass's gradients
 def own_backward(result):
-    """The same tensor; as soon as its gradient is known, backward goes through all that made it before anything else.
+    """The same numbers; as soon as their gradient is known, backward goes through all that made them before all else.
 
     A loss that holds several passes of a sharded model, such as guidance's two branches, adds up each weight's
     gradients of all passes before FSDP can reduce and shard them. So the whole gradients of the earlier passes wait on
@@ -159,19 +161,17 @@ def own_backward(result):
     """
     if not result.requires_grad:
         return result
-    return OwnBackward.apply(torch.ones((), requires_grad=True), [result])
+    leaf = result.detach().requires_grad_()
+    leaf.register_post_accumulate_grad_hook(lambda leaf: torch.autograd.backward(result, leaf.grad))
+    return leaf
 
 
-class OwnBackward(torch.autograd.Function):
-    """See own_backward. The list hides the tensor from autograd, which would make it a part of the outer graph; the
-    first argument is there since a result has a gradient only if an argument has one."""
+def reduce_between_machines(module, last):
+    """Call before the backward pass of each micro-batch. `last`: it is the last one of its optimizer step.
 
-    @staticmethod
-    def forward(ctx, carrier, hidden):
-        ctx.hidden = hidden
-        return hidden[0].detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        torch.autograd.backward(ctx.hidden.pop(), gradient)  # once, like any backward: what it kept is freed
-        return None, None
+    On a mesh of two dimensions, where each machine holds a whole model, FSDP2 sums a micro-batch's gradients within a
+    machine and then over the machines, on the slowest link. The sum of sums is the same if the machines exchange theirs
+    once, so only the last micro-batch does.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(last)

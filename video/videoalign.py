@@ -1,17 +1,21 @@
-"""VideoAlign as a reward, CLIPScore and PickScore for evaluation, and the mp4 files that they are run on.
+"""VideoAlign as a reward: a Qwen2-VL that scores videos for pictures (VQ), motion (MQ) and what the prompt asks (TA).
 
-Each has the form of every reward in this project: see rewards.py. `python videoalign.py a.mp4 b.mp4 …` scores files.
+It has the form of every reward in this project: see rewards.py. `check_folder` reads its files before a run, without
+their weights. `python -m video.score` scores mp4 files with it.
 """
 
-import argparse
 import ast
 import json
 import math
-import re
-import shutil
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+
+from video.json_file import check_pointers, read_json
+from video.mp4 import check_videos
+from video.numerics import exact_float32, settle_vector_math
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 REWARD_TOKENS = ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"]
@@ -53,20 +57,12 @@ NUMBERS = {
 for _name in DIMENSIONS:
     NUMBERS[f"{_name}_mean"] = ("inference_config", -1e6, 1e6)
     NUMBERS[f"{_name}_std"] = ("inference_config", 1e-6, 1e6)
-# A key of model.pth, as transformers 4.45 and PEFT wrote it: prefix, part of the model, layer, kind of tensor, leaf.
-KEY = re.compile(
-    r"base_model\.model\.(model|visual|[lr]m_head)(.*?)(\.base_layer|\.lora_[AB]\.default)?\.(weight|bias)"
-)
-# The kinds: a layer without LoRA has a plain tensor; a layer with LoRA has its base tensor and the pair A, B.
-PLAIN, BASE, LORA_A, LORA_B = "", ".base_layer", ".lora_A.default", ".lora_B.default"
-# Where the parts of the model are in transformers 5.
-NEW_NAMES = {"model": "model.language_model", "visual": "model.visual", "lm_head": "lm_head", "rm_head": "rm_head"}
-
-
-def exact_float32():
-    """Float32 products and convolutions in float32: on GPUs PyTorch would take TF32 for convolutions, with 10 bits."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+# Where the LoRA lies, and where transformers 5 keeps what transformers 4.45 named in model.pth.
+LORA_TARGETS = r"model\.language_model\..*_proj"
+NEW_NAMES = {
+    "base_model.model.model.": "base_model.model.model.language_model.",
+    "base_model.model.visual.": "base_model.model.model.visual.",
+}
 
 
 class VideoAlign:
@@ -92,11 +88,11 @@ class VideoAlign:
         self.tokenizer = load_tokenizer(checkpoint / "tokenizer")
         self.reward_ids = self.tokenizer.convert_tokens_to_ids(REWARD_TOKENS)
         self.video_id = self.tokenizer.convert_tokens_to_ids(CHAT_VIDEO)
-        self.module = build_module(Path(folder), settings["output_dim"], self.video_id, self.device)
-        state = read_state(checkpoint / "model.pth", "cpu")
-        load_weights(self.module, state, settings["lora_r"], settings["lora_alpha"])
+        module = build_module(Path(folder), settings, self.video_id).to_empty(device=self.device)
+        set_rotary_frequencies(module, self.device)
+        self.module = load_weights(module, read_state(checkpoint / "model.pth", "cpu"))
         self.module.requires_grad_(False).eval()
-        settle_cos_and_sin()
+        settle_vector_math()
 
     def __call__(self, videos, prompts, fps=None):
         """Videos uint8 [B, F, C, H, W] and B prompts -> {"VQ": [B], "MQ": [B], "TA": [B]}, normalised, float32."""
@@ -173,28 +169,18 @@ class VideoAlign:
         return outputs.diagonal(dim1=1, dim2=2)  # of three outputs, the one that belongs to the token
 
 
-def check_videos(videos, prompts):
-    """Every reward model here takes the same arguments."""
-    is_video = videos.dtype == torch.uint8 and videos.ndim == 5 and videos.shape[2] == 3
-    if not is_video or len(videos) != len(prompts):
-        got = f"{videos.dtype} {tuple(videos.shape)}"
-        raise ValueError(f"{len(prompts)} prompts need uint8 videos [B,F,3,H,W]: got {got}")
-
-
 def check_folder(folder, repo):
     """-> (settings, the checkpoint-<N> folder of the highest N).
     Raise unless all files fit together. No weight is loaded."""
     read_template(repo)
     settings, checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
-    module = build_module(folder, settings["output_dim"], tokenizer.convert_tokens_to_ids(CHAT_VIDEO), "meta")
-    known = module["model"].config.text_config.vocab_size
+    module = build_module(folder, settings, tokenizer.convert_tokens_to_ids(CHAT_VIDEO))
+    known = module.base_model.model["model"].config.text_config.vocab_size
     if len(tokenizer) > known:
         rule = f"the tokenizer's ids must be among the {known:,} of the model"
         raise ValueError(f"{rule}: {checkpoint} has {len(tokenizer):,}; take both from one download")
-    state = read_state(checkpoint / "model.pth", "meta")
-    targets = module.state_dict()
-    check_keys(*group_keys(state, targets), state, targets, settings["lora_r"])
+    fill(module, read_state(checkpoint / "model.pth", "meta"))
     return settings, checkpoint
 
 
@@ -231,7 +217,11 @@ def read_checkpoint(folder):
     needed = [settings_file, checkpoint / "model.pth", checkpoint / "tokenizer"]
     absent = [str(path) for path in needed if not path.exists()]
     if absent:
-        raise FileNotFoundError(f"{folder} must be a download of KwaiVGI/VideoReward: there is no {', '.join(absent)}")
+        rule = f"{folder} must be a download of KwaiVGI/VideoReward"
+        if (folder / "model.pth").exists():
+            raise FileNotFoundError(f"{rule}: it is one of its checkpoints; name the folder above, {folder.parent}")
+        raise FileNotFoundError(f"{rule}: there is no {', '.join(absent)}")
+    check_pointers(folder)
     settings = read_settings(settings_file)
     return settings, checkpoint
 
@@ -246,19 +236,6 @@ def newest_checkpoint(folder):
     if not by_step:
         return folder / "checkpoint-<N>"
     return by_step[max(by_step)]
-
-
-def read_json(path):
-    """The object of a JSON file, with an error that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} must hold {path.name}: it is missing; download it again")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {error}; download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a JSON object: got {content!r:.60}; download it again")
-    return content
 
 
 def read_settings(path):
@@ -286,14 +263,14 @@ def read_settings(path):
 
 
 def load_tokenizer(folder):
-    """Raise unless each token of the chat and of the rewards is one id.
-    In pieces, no score would be read at its place."""
-    from transformers import AutoTokenizer
-
+    """Raise unless each token of the chat and of the rewards is one id, and a prompt's words have ids.
+    In pieces, no score would be read at its place. Without its vocabulary a tokenizer leaves words out, silently."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         known = tokenizer.get_vocab()
         lacking = [token for token in REWARD_TOKENS + CHAT_TOKENS if tokenizer(token).input_ids != [known.get(token)]]
+        if tokenizer.decode(tokenizer("some words").input_ids) != "some words":
+            lacking.append("the words of a prompt")
     except Exception as error:  # files from outside can break a library in any way
         rule = f"{folder} must be a tokenizer that can be loaded"
         raise ValueError(f"{rule}: {str(error)[:200]}; download it again") from error
@@ -316,44 +293,26 @@ def read_state(path, device):
     return state
 
 
-def check_clip(setting, model):
-    """Raise unless this is a CLIP model's folder, or can be a hub id."""
-    from hunyuan import check_hub_id
-
-    if not Path(model).is_dir():
-        check_hub_id(setting, model, CLIPScore.model_id)
-        return
-    path = Path(model) / "config.json"
-    kind = read_json(path).get("model_type")
-    if kind != "clip":
-        raise ValueError(f'{path} must have "model_type": "clip": got {kind!r}; name a CLIP model for --{setting}')
-
-
-def build_module(folder, output_dim, video_id, device):
-    """{"model": Qwen2VLModel, "rm_head": Linear} in fp32, still undefined: drawing the weights would take minutes."""
-    from transformers import Qwen2VLModel
-
+def build_module(folder, settings, video_id):
+    """{"model": Qwen2VLModel, "rm_head": Linear} under PEFT's LoRA, in fp32, on meta: drawing weights takes minutes."""
     path = folder / "config.json"
     sizes = read_json(path) if path.is_file() else json.loads(QWEN2_VL_2B)
+    lora = LoraConfig(r=settings["lora_r"], lora_alpha=settings["lora_alpha"], target_modules=LORA_TARGETS)
     try:
         config = read_model_config(sizes, video_id)
         with torch.device("meta"):
             model = Qwen2VLModel(config)
-            head = torch.nn.Linear(config.text_config.hidden_size, output_dim, bias=False)
+            head = torch.nn.Linear(config.text_config.hidden_size, settings["output_dim"], bias=False)
+            module = torch.nn.ModuleDict({"model": model, "rm_head": head})
+            adapted = get_peft_model(module, lora, low_cpu_mem_usage=True)  # or it would draw the LoRA on the CPU
     except Exception as error:  # a wrong size can break a library in any way
         raise ValueError(f"{path} must describe a Qwen2-VL: {error!r}; remove it, or download it again") from error
-    module = torch.nn.ModuleDict({"model": model, "rm_head": head}).to_empty(device=device)
-    set_rotary_frequencies(module, device)
     check_buffers(module)
-    return module
+    return adapted
 
 
 def read_model_config(sizes, video_id):
     """The Qwen2VLConfig of these sizes, with every part in fp32."""
-    from transformers import Qwen2VLConfig
-
-    if max(sizes["num_hidden_layers"], sizes["vision_config"]["depth"]) > 1000:
-        raise ValueError("no Qwen2-VL has more than 1,000 layers")  # to build them would take for ever
     config = Qwen2VLConfig(**sizes)
     config.video_token_id = video_id
     # Each sub-model is built in the dtype of its own config, and a config.json with torch_dtype sets it to bf16.
@@ -384,99 +343,29 @@ def check_buffers(module):
         raise RuntimeError(f"Qwen2-VL must have no buffers but its rotary frequencies: transformers adds {undefined}")
 
 
-def settle_cos_and_sin():
-    """Call cos and sin on one number, so that the rotary embeddings are exact from the first batch on.
-
-    On the CPU, PyTorch takes float32 cos and sin from oneMKL, which chooses a kernel at a function's first call. When
-    two threads make that call together, one of them may run a kernel with errors of 1.5e-4, and the scores of the first
-    batch are wrong by 3e-4 (seen with torch 2.13 and its oneMKL 2024.2). A call on one number runs in one thread.
-    """
-    number = torch.zeros(1)
-    number.cos()
-    number.sin()
-
-
-def load_weights(module, state, rank, alpha):
-    """Fill the module from model.pth, whose LoRA is unmerged.
-    Every key must fit: a missing weight would silently produce wrong scores."""
-    targets = module.state_dict()
-    groups, unexpected = group_keys(state, targets)
-    check_keys(groups, unexpected, state, targets, rank)
-    for name, keys in groups.items():
-        target = targets[name]
-        tensors = {kind: state[key].to(target.device, torch.float32) for kind, key in keys.items()}
-        target.copy_(merge_lora(tensors, alpha / rank))
-        if not target.isfinite().all():
+def load_weights(module, state):
+    """Fill the module from model.pth, and merge the LoRA into it. Computed in bf16, the dtype of the file, the merge
+    would move scores by 0.028."""
+    fill(module, state)
+    merged = module.merge_and_unload()
+    for name, tensor in merged.state_dict().items():
+        if not tensor.isfinite().all():
             raise ValueError(f"the weights of model.pth must be finite: {name} is not; download it again")
+    return merged
 
 
-def parse_key(key):
-    """A key of model.pth -> (name of the module's tensor that it fills, kind). Of another form: (None, None)."""
-    match = KEY.fullmatch(key)
-    if match is None:
-        return None, None
-    part, layer, kind, leaf = match.groups(default=PLAIN)
-    return f"{NEW_NAMES[part]}{layer}.{leaf}", kind
-
-
-def group_keys(state, targets):
-    """-> ({name of a target: {kind: key}}, keys that belong to no target)."""
-    groups = {}
-    unexpected = []
-    for key in state:
-        name, kind = parse_key(key)
-        if name in targets:
-            groups.setdefault(name, {})[kind] = key
-        elif name != "lm_head.weight":  # the language model's own head, which no score reads
-            unexpected.append(key)
-    return groups, unexpected
-
-
-def check_keys(groups, unexpected, state, targets, rank):
-    """ValueError with the first keys that are missing, unexpected, without their LoRA pair or of another shape."""
-    unpaired = []
-    misshaped = []
-    for name, keys in groups.items():
-        with_lora = {BASE} if name.endswith(".bias") else {BASE, LORA_A, LORA_B}
-        if keys.keys() != {PLAIN} and keys.keys() != with_lora:
-            unpaired.append(name)
-        for kind, key in keys.items():
-            shape = tuple(state[key].shape)
-            expected = expected_shape(kind, tuple(targets[name].shape), rank)
-            if shape != expected:
-                misshaped.append(f"{key} {shape}, not {expected}")
-    problems = {
-        "missing": sorted(targets.keys() - groups.keys()),
-        "unexpected": unexpected,
-        "without a LoRA pair": unpaired,
-        "of another shape": misshaped,
-    }
-    listed = []
-    for problem, keys in problems.items():
-        if keys:
-            more = ", …" if len(keys) > 3 else ""
-            listed.append(f"{len(keys)} {problem}: {', '.join(keys[:3])}{more}")
-    if listed:
+def fill(module, state):
+    """Every key must fit: a missing weight would silently produce wrong scores."""
+    renamed = {}
+    for key, tensor in state.items():
+        old = next((prefix for prefix in NEW_NAMES if key.startswith(prefix)), "")
+        renamed[NEW_NAMES.get(old, "") + key.removeprefix(old)] = tensor
+    renamed.pop("base_model.model.lm_head.weight", None)  # the language model's own head, which no score reads
+    try:
+        module.load_state_dict(renamed)
+    except RuntimeError as error:
         rule = "the keys of model.pth must be exactly those of VideoAlign's model, as in a whole download"
-        raise ValueError(f"{rule}: {'; '.join(listed)}")
-
-
-def expected_shape(kind, shape, rank):
-    """The shape of one tensor of a layer whose merged tensor has this shape."""
-    if kind == LORA_A:
-        return rank, shape[-1]
-    if kind == LORA_B:
-        return shape[0], rank
-    return shape
-
-
-def merge_lora(tensors, scale):
-    """W + scale·B·A of {kind: fp32 tensor}. Computed in bf16, the dtype of the file, it would move scores by 0.028."""
-    if PLAIN in tensors:
-        return tensors[PLAIN]
-    if LORA_A not in tensors:  # the bias of a layer with LoRA
-        return tensors[BASE]
-    return tensors[BASE] + scale * tensors[LORA_B] @ tensors[LORA_A]
+        raise ValueError(f"{rule}: {str(error)[:400]}") from None
 
 
 def frame_indices(total, fps, sample_fps):
@@ -505,7 +394,11 @@ def resized_shape(height, width, max_pixels):
     nearest = [max(unit, round(side / unit) * unit) for side in sides]
     if math.prod(nearest) > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
-        return [math.floor(side / scale / unit) * unit for side in sides]
+        reduced = [math.floor(side / scale / unit) * unit for side in sides]
+        if 0 in reduced:
+            rule = f"within {max_pixels:,} pixels, each side of a frame must keep {unit}"
+            raise ValueError(f"{rule}: {height} × {width} is too narrow; crop it")
+        return reduced
     if math.prod(nearest) < MIN_FRAME_PIXELS:
         scale = math.sqrt(MIN_FRAME_PIXELS / (height * width))
         return [math.ceil(side * scale / unit) * unit for side in sides]
@@ -524,161 +417,3 @@ def patchify(frames):
     split = normalised.view(t, 2, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
     patches = split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
     return patches, torch.tensor([t, h, w], device=frames.device)
-
-
-class CLIPScore:
-    """2.5·max(cos(frame, prompt), 0), mean over 8 frames, for evaluation.
-    CLIP reads only the first 77 tokens of a prompt."""
-
-    name = "CLIPScore"
-    model_id = "openai/clip-vit-base-patch32"
-    tokenizer_id = "openai/clip-vit-base-patch32"
-
-    def __init__(self, folder=None, device="cpu"):
-        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-        self.model = CLIPModel.from_pretrained(folder or self.model_id, dtype=torch.float32).to(device)
-        self.model.requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder or self.tokenizer_id)
-        side = self.model.config.vision_config.image_size
-        self.image_processor = CLIPImageProcessorPil(
-            size={"shortest_edge": side},
-            crop_size={"height": side, "width": side},
-        )
-
-    def score(self, cosine):
-        return 2.5 * cosine.clamp(min=0)
-
-    @torch.no_grad()
-    def __call__(self, videos, prompts):
-        check_videos(videos, prompts)
-        text = self.embed_prompts(prompts)  # [B, D]
-        indices = torch.linspace(0, videos.shape[1] - 1, 8).round().long()
-        frames = videos[:, indices].flatten(0, 1)  # [B·8, C, H, W]
-        images = self.embed_frames(frames).unflatten(0, (-1, 8))  # [B, 8, D]
-        cosine = torch.nn.functional.cosine_similarity(images, text[:, None], dim=-1)  # [B, 8]
-        return {self.name: self.score(cosine).mean(1).to(videos.device)}
-
-    def embed_prompts(self, prompts):
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=77, return_tensors="pt")
-        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
-
-    def embed_frames(self, frames):
-        pixels = self.image_processor(list(frames.cpu().numpy()), return_tensors="pt").pixel_values
-        return self.model.get_image_features(pixel_values=pixels.to(self.model.device)).pooler_output
-
-
-class PickScore(CLIPScore):
-    """exp(logit_scale)·cos(frame, prompt) / 26, mean over 8 frames.
-    The division by 26 brings it into the range of the paper's values, which lie near 0 … 1."""
-
-    name = "PickScore"
-    model_id = "yuvalkirstain/PickScore_v1"
-    tokenizer_id = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
-    def score(self, cosine):
-        return self.model.logit_scale.exp() * cosine / 26
-
-
-def read_video(path):
-    """-> (uint8 [F, C, H, W], frames per second), by the ffmpeg inside the imageio-ffmpeg wheel."""
-    import imageio.v2 as imageio
-
-    with imageio.get_reader(path, format="FFMPEG") as reader:
-        frames = [torch.from_numpy(frame) for frame in reader]
-        fps = reader.get_meta_data()["fps"]
-    return torch.stack(frames).permute(0, 3, 1, 2), fps
-
-
-def write_video(path, video, fps):
-    """uint8 [F, C, H, W] -> an mp4 that every player takes: H.264 in yuv420p, hence the even sides.
-    Its frames are counted, because imageio ignores how ffmpeg ended: OSError where one is missing."""
-    import imageio.v2 as imageio
-    import imageio_ffmpeg
-
-    is_rgb = video.dtype == torch.uint8 and video.ndim == 4 and video.shape[1] == 3
-    if not is_rgb or video.shape[2] % 2 or video.shape[3] % 2:
-        got = f"{video.dtype} {tuple(video.shape)}"
-        raise ValueError(f"a video must be uint8 [F, 3, H, W] with even sides: got {got}")
-    frames = video.permute(0, 2, 3, 1).cpu().numpy()
-    Path(path).unlink(missing_ok=True)  # what is counted below must be new
-    try:
-        imageio.mimwrite(path, frames, format="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1)
-        found, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
-        problem = f"{found} of {len(frames)} frames are in it" if found != len(frames) else ""
-    except (OSError, RuntimeError) as error:
-        problem = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
-    if problem:
-        free = shutil.disk_usage(Path(path).parent).free
-        raise OSError(f"a video must be written whole: {path} is not ({problem}); {free:,} bytes are free on its disk")
-
-
-def parse_arguments():
-    """-> (the options, one prompt for each video)."""
-    parser = argparse.ArgumentParser(description="Score mp4 files with VideoAlign: a table, and JSON with --json.")
-    parser.add_argument("videos", nargs="+")
-    parser.add_argument("--prompts", required=True, help="text file: one line for each video, or one line for all")
-    parser.add_argument("--videoalign", required=True, help="folder of the checkpoint, KwaiVGI/VideoReward")
-    parser.add_argument("--videoalign_repo", required=True, help="clone of https://github.com/KwaiVGI/VideoAlign")
-    parser.add_argument("--json", help="file to write the scores to")
-    args = parser.parse_args()
-
-    try:
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"--prompts must be a text file in UTF-8: got {args.prompts}, {error}")
-    try:
-        check_folder(Path(args.videoalign), args.videoalign_repo)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    is_empty = [not line.strip() for line in lines]
-    if len(lines) not in (1, len(args.videos)) or any(is_empty):
-        allowed = f"1 or {len(args.videos)} (videos) lines"
-        parser.error(f"--prompts must have {allowed}, none of them empty: got {len(lines)}")
-    missing = [path for path in args.videos if not Path(path).is_file()]
-    if missing:
-        parser.error(f"every video must be a file: there is no {', '.join(missing)}")
-    prompts = lines * len(args.videos) if len(lines) == 1 else lines
-    return args, prompts
-
-
-def score_file(videoalign, path, prompt):
-    """-> {"video", "prompt", "scores": {"VQ", "MQ", "TA", "Overall"}, "failures"}."""
-    video, fps = read_video(path)
-    batch = videoalign(video[None], [prompt], fps=fps)
-    scores = {name: values.item() for name, values in batch.items()}
-    scores["Overall"] = sum(scores.values())
-    return {"video": path, "prompt": prompt, "scores": scores, "failures": videoalign.failures}
-
-
-def print_result(result):
-    columns = [f"{score:9.4f}" for score in result["scores"].values()]
-    print("".join(columns) + " ", result["video"], *result["failures"])
-
-
-def write_results(path, results):
-    """JSON has no NaN: a score that failed is null."""
-    rows = []
-    for result in results:
-        scores = {name: score if math.isfinite(score) else None for name, score in result["scores"].items()}
-        row = {"video": result["video"], "prompt": result["prompt"], **scores, "failures": result["failures"]}
-        rows.append(row)
-    Path(path).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-
-
-def main():
-    args, prompts = parse_arguments()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    videoalign = VideoAlign(args.videoalign, args.videoalign_repo, device)
-    print("       VQ       MQ       TA  Overall  video")
-    results = []
-    for path, prompt in zip(args.videos, prompts):
-        result = score_file(videoalign, path, prompt)
-        print_result(result)
-        results.append(result)
-    if args.json:
-        write_results(args.json, results)
-
-
-if __name__ == "__main__":
-    main()
