@@ -16,41 +16,47 @@ BLOBS = str(Path(__file__).with_name("blobs.txt"))
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 LONGEST_PROMPT = 10_000  # bytes; 1,000 tokens of English are half of that. hunyuan.check_prompts counts the tokens
 
+# Unicode's format characters (category Cf) are invisible, but for the signs of Arabic and Kaithi numbers.
+VISIBLE_FORMAT = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd]")
+# Invisible, too, though Unicode calls them letters, marks, separators or a symbol: fillers, Braille's blank.
+OTHER_INVISIBLE = re.compile("[\u115f\u1160\u17b4\u17b5\u2028\u2029\u2065\u2800\u3164\uffa0\ufff0-\ufff8]")
+# Emoji and the scripts of Iran and India are spelled with joiners and variation selectors, so prompts may hold these.
+JOINERS = "\u034f\u200c\u200d"
+JOINING = re.compile(f"[{JOINERS}\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
-def read_prompts(path):
+
+def read_prompts(path, repeats=False):
     """The prompts of a .txt (one a line), .csv (column `prompt`) or .jsonl (key `prompt`) file.
 
     Bad UTF-8, an empty or repeated prompt, a missing column, a broken line and what check_prompt refuses raise a
-    ValueError with file and line.
+    ValueError with file and line. repeats: a prompt may be there more than once, as in a list of videos and prompts.
     """
-    readers = {".txt": enumerate_lines, ".csv": read_csv, ".jsonl": read_jsonl}
+    readers = {".txt": read_txt, ".csv": read_csv, ".jsonl": read_jsonl}
     suffix = Path(path).suffix
     if suffix not in readers:
         raise ValueError(f"a prompt file must end in .txt, .csv or .jsonl: got {path}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"the prompt file must exist: got {path}")
     read = readers[suffix]
-    first_seen = {}  # prompt -> its line
+    prompts = {}  # line number -> prompt
     for number, text in read(path):
         prompt = text.strip()
-        if not prompt:
+        if not look(prompt):
             raise ValueError(f"{path}:{number}: a prompt must not be empty; remove the line")
         check_prompt(prompt, f"{path}:{number}")
-        if prompt in first_seen:
-            first = first_seen[prompt]
-            raise ValueError(f"{path}:{number}: every prompt must be there once: this one is on line {first}, too")
-        first_seen[prompt] = number
-    if not first_seen:
+        prompts[number] = prompt
+    if not prompts:
         raise ValueError(f"{path}: a prompt file must hold at least one prompt")
-    return list(first_seen)
+    if not repeats:
+        check_repeats(prompts, path)
+    return list(prompts.values())
 
 
 def check_prompt(prompt, place):
     """Raise on a text that the text encoders or VideoAlign would read as something else. place: its file and line."""
     character = unprintable(prompt, allowed="\t\n")
     if character:
-        rule = "a prompt must not contain control characters or lone surrogates"
-        raise ValueError(f"{place}: {rule}: got {character!r}; remove it")
+        raise ValueError(f"{place}: a prompt must hold no character that cannot be seen: got {character}; remove it")
     token = CONTROL_TOKEN.search(prompt)
     if token:
         rule = "a prompt must not contain a control token of the encoders or of VideoAlign"
@@ -61,12 +67,56 @@ def check_prompt(prompt, place):
         raise ValueError(f"{place}: {rule}: got {size:,}; shorten it")
 
 
+def check_repeats(prompts, path):
+    """Raise where two of {line number: prompt} look alike. All such lines are named, so that one edit is enough."""
+    lines = {}  # look -> the lines that have it
+    for number, prompt in prompts.items():
+        lines.setdefault(look(prompt), []).append(number)
+    groups = [", ".join(map(str, numbers)) for numbers in lines.values() if len(numbers) > 1]
+    if groups:
+        rule = "every prompt must be there once, and two must not differ in blanks or in Unicode's spelling alone"
+        raise ValueError(f"{path}: {rule}: alike are lines {'; lines '.join(groups)}; keep one of each")
+
+
+def look(prompt):
+    """What a reader sees of a prompt. Upper and lower case stay apart: they look different, and Turkey is no turkey."""
+    shown = unicodedata.normalize("NFKC", JOINING.sub("", prompt))
+    return " ".join(shown.split())
+
+
 def unprintable(text, allowed=""):
-    """The first control character or lone surrogate of a text; "" where it has none."""
+    """The first character of a text that cannot be seen or written, in words; "" where it has none."""
+    if text.isprintable() and not OTHER_INVISIBLE.search(text):  # nearly all are, and this is much faster
+        return ""
     for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in allowed:
-            return character
+        kind = kind_of_unprintable(character)
+        if kind and character not in allowed:
+            name = unicodedata.name(character, "")
+            return f"the {kind} {character!a} {name}".rstrip()
     return ""
+
+
+def kind_of_unprintable(character):
+    category = unicodedata.category(character)
+    if category == "Cc":
+        return "control character"
+    if "\udc80" <= character <= "\udcff":
+        return "lone surrogate (in an argument: a byte outside the locale's encoding; try PYTHONUTF8=1)"
+    if category == "Cs":
+        return "lone surrogate"
+    is_format = category == "Cf" and character not in JOINERS and not VISIBLE_FORMAT.match(character)
+    if is_format or OTHER_INVISIBLE.match(character):
+        return "invisible character"
+    return ""
+
+
+def read_txt(path):
+    """(line number, text) of each line. A comment would be trained on as a prompt."""
+    for number, line in enumerate_lines(path):
+        if line.lstrip().startswith("#"):
+            rule = "a .txt has no comments, so a line must not begin with #"
+            raise ValueError(f"{path}:{number}: {rule}: got {line[:60]!r}; remove it, or use a .csv for such prompts")
+        yield number, line
 
 
 def enumerate_lines(path):
@@ -90,7 +140,8 @@ def read_csv(path):
         for row in reader:
             fields = row or [""]  # csv gives a blank line no field at all
             if len(fields) != len(header):
-                raise ValueError(f"{path}:{reader.line_num}: a row must have {len(header)} fields, like the header")
+                rule = f"a row must have {len(header)} fields, like the header"
+                raise ValueError(f"{path}:{reader.line_num}: {rule}: got {len(fields)}; quote a text with commas")
             yield reader.line_num, fields[header.index("prompt")]
     except csv.Error as error:
         rule = "quotes must be closed, and doubled within quotes"
@@ -105,5 +156,7 @@ def read_jsonl(path):
         except (ValueError, RecursionError) as error:  # also an integer of 5,000 digits, and 100,000 brackets
             raise ValueError(f"{path}:{number}: every line must be one JSON object: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f'{path}:{number}: every line must be an object with a string "prompt": got {line:.200}')
+            raise ValueError(
+                f'{path}:{number}: every line must be an object with a string "prompt": got {line[:200]!r}'
+            )
         yield number, row["prompt"]

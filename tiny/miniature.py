@@ -23,8 +23,8 @@ from toy import world
 WEIGHTS = Path(__file__).with_name("miniature.safetensors")
 PROMPTS = world.PROMPTS
 # The rewards of ODE samples before and after `train.py --preset mini`, mean ± 3 standard deviations over the seeds.
-# Measured: .508, .496, .496, .499, .489 before; .625, .630, .608, .610 after full training; .590, .589, .579, .566, .566
-# after that of config.MINI_LORA.
+# Measured: .508, .496, .496, .499, .489 before; .625, .630, .608, .610 after full training; .590, .589, .579, .566 and
+# .566 after that of presets.MINI_LORA.
 BEFORE = (0.48, 0.52)
 AFTER = {"full": (0.58, 0.65, "4 seeds"), "LoRA": (0.54, 0.61, "5 seeds of a LoRA")}
 UNUSED = ("context_embedder_2.", "image_embedder.")  # no prompt has quotes or an image: they stay as they were drawn
@@ -111,7 +111,8 @@ def reward(videos, prompts):
 def verdict(log, departures, lora=False):
     """The line that ends a run: its reward before and after beside the reference. log: lines of metrics.jsonl.
 
-    departures: the settings that differ from those of the reference, which then says nothing. lora: the run trained one.
+    departures: the settings that differ from those of the reference, which then says nothing. lora: whether the run
+    trained one.
     """
     rewards = [line["eval_reward"] for line in log if "eval_reward" in line]
     before, after = rewards[0], rewards[-1]

@@ -6,6 +6,7 @@ Seven prompts in eight are kept, the eighth is the empty one, so that classifier
 """
 
 import argparse
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -13,14 +14,19 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import hunyuan
-from checkpoint import generator
 from sde import interpolate
 from tiny import codec, miniature
 from toy import world
+from video import hunyuan
 
 CODE_CLIPS, CODE_STEPS = 640, 600
 PROMPTED, UNPROMPTED = 56, 8  # clips of a training step
+
+
+def generator(*key):
+    """A generator for each purpose, seeded by a hash of the key: other seeds would make other weights of the file."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def fit_code(seed):

@@ -1,6 +1,6 @@
 """A small text-to-video flow transformer, and the policy around it that grpo.py trains.
 
-Its pre-trained weights, toy/pretrained.pt (0.7 MB), ship with the code. To make them anew, in about a minute:
+Its pre-trained weights, toy/pretrained.pt (0.7 MB), ship with the code. To train them again, in about a minute:
 
     python -m toy.model
 """

@@ -12,6 +12,7 @@ The world is a mixture of two Gaussians in the plane, and one Gaussian where a w
 
 import argparse
 import math
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -248,6 +249,7 @@ def eq_5(report, chosen):
 
 
 def integral_of_eq_5(high, low, eta):
+    """∫ε² from low to high by quadrature."""
     return quadrature(lambda sigma: sde.diffusion_coefficient(sigma, eta) ** 2, low, high)
 
 
@@ -461,7 +463,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def main(arguments=None):
     """Returns the exit status: 0 if all pairs agree, else 1."""
-    summary = __doc__.split("\n\n", 1)[0]
+    summary = "A walk through Eq. 1–9 and 16 in a world with exact answers: a few seconds on one core."
     parser = OneLineParser(prog="toy.walk", description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--eta", type=float, default=0.5, help="η, the exploration scale")
     parser.add_argument("--steps", type=int, default=20, help="T, steps of the schedule")
@@ -481,4 +483,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends other commands that only print
     sys.exit(main())

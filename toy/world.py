@@ -95,7 +95,7 @@ def clean_clips(prompts, generator, scale=1):
 
 
 def training_clips(prompts, generator, scale=1):
-    """What the flow model is pre-trained on: the manifold, badly filmed, so that RL has something to mend.
+    """What the flow model is pre-trained on: the manifold, badly filmed, so that RL has something to fix.
 
     Each attribute word is replaced by a random one with p = 0.2. The position jitters by up to 0.6 pixels. One clip in
     ten flickers, one in ten stands still. Pixel noise has a std of up to 0.2; a larger clip has the same noise, larger.
