@@ -1,14 +1,14 @@
-"""The paper's ablations on the toy: which of its claims hold here, which do not, and how sure we are.
+"""The paper's ablations on the toy: which of its claims hold, which do not, and how sure that is.
 
     python -m paper.ablate --quick     a small grid in about 10 minutes on two cores: runs/ablation/quick/results.json
-    python -m paper.ablate             all of it in about an hour: results.json, the tables of RESULTS.md, figures/
-    python -m paper.ablate --tables    the tables of RESULTS.md anew, from results.json
+    python -m paper.ablate             all of it in an hour or two: results.json, the tables of the pages, figures/
+    python -m paper.ablate --tables    write the tables of RESULTS.md and paper/APPENDIX.md from results.json
 
-Every run of the grid is one plain `python train.py` of the toy with some options changed, on one core, so each of its
-folders (runs/ablation/…) can be looked at like any other run. Ctrl-C stops; the same command goes on where it stopped.
+Every run of the grid is a plain `python train.py` of the toy with some options changed, on one core. So its folder
+(runs/ablation/…) can be looked at like that of any other run. Ctrl-C stops the grid; the same command resumes it.
 
-Settings that a comparison must not depend on (λ_KL of a KL mode, the learning rate of an optimizer) are tuned: each
-candidate runs on two seeds of its own, and the best by Overall enters the grid, which has five other seeds.
+A comparison must not depend on the λ_KL of a KL mode or the learning rate of an optimizer, so these are tuned: each
+candidate runs on two seeds, and the best by Overall enters the grid, which has five other seeds.
 """
 
 import argparse
@@ -27,8 +27,9 @@ import torch
 from tqdm import tqdm
 
 import train
-from checkpoint import read_log
-from config import PRESETS, Config
+from engine.config import Config
+from engine.folder import read_log
+from engine.presets import PRESETS
 from paper import claims, plots
 from toy import world
 
@@ -36,6 +37,10 @@ from toy import world
 BASE = dict(batch_size=64, micro_batch=64, iterations=40, eval_every=10)
 LONG = dict(iterations=60)  # Fig. 8 is about what happens late
 SCHEDULE = dict(kl_lambda_early=1e-3, kl_switch=20)  # a hundredth of the final λ_KL, as in the paper; half the run
+# The controller moves between the same two λ_KL. An iteration has 36 backward passes here and 40 in the release. One
+# target is the release's, 1e-5; the other is the toy's own mean KL.
+CONTROLLER = dict(kl_schedule="controller", micro_batch=16, **SCHEDULE)
+KL_TARGETS = {"1e-5": 1e-5, "1e-4": 1e-4}
 SEEDS, TUNING_SEEDS = range(5), (5, 6)
 SAMPLERS = {"sage": "sage_grpo", "flow": "flow_grpo", "dance": "dance_grpo", "cps": "cps", "exact": "exact"}
 
@@ -68,7 +73,7 @@ def matched_eta(sampler):
 def recipe(steps):
     """The toy's recipe with another number of optimizer steps per iteration; the anchor moves every ten iterations.
 
-    More steps want a lower learning rate and a lower λ_KL: these values are near the best of what `tune` tries.
+    More steps need a lower learning rate and a lower λ_KL. These values are near the best that `tune` finds.
     """
     rates = {1: 6e-4, 3: 4e-4, 9: 2e-4}
     lambdas = {1: 0.03, 3: 0.03, 9: 0.01}
@@ -119,7 +124,7 @@ def grid(best):
             for mode, settings in modes.items():
                 if sampler != "exact" or (mode, setting) == ("dual", "A"):
                     rows[f"{sampler},{mode},{setting}"] = (
-                        dict(sde_type=SAMPLERS[sampler], reward_setting=setting) | settings
+                        dict(sde_type=SAMPLERS[sampler], reward_weights=setting) | settings
                     )
     for sampler, sde_type in SAMPLERS.items():
         rows[f"{sampler},equalizer off"] = dict(sde_type=sde_type, equalizer=False)  # Fig. 5
@@ -129,6 +134,8 @@ def grid(best):
         rows[f"{sampler},noisy last step"] = dict(sde_type=SAMPLERS[sampler], noisy_last_step=True)
     for schedule in ("two_stage", "ramp", "milder"):
         rows[f"schedule,{schedule}"] = dict(kl_schedule=schedule, **SCHEDULE)  # Fig. 7
+    for text, target in KL_TARGETS.items():
+        rows[f"schedule,controller,{text}"] = CONTROLLER | dict(kl_target=target)
     for steps in (1, 9):
         rows[f"kl,{steps},none"] = dict(kl_mode="none", **recipe(steps), **LONG)  # Fig. 8
     for steps in (1, 3, 9):
@@ -149,7 +156,7 @@ def is_done(run, settings):
     """Whether a run folder holds the finished run. Refuses one that was made with other settings."""
     if not (run / "config.json").exists():
         return False
-    found = json.loads((run / "config.json").read_text())
+    found = json.loads((run / "config.json").read_text(encoding="utf-8"))
     wanted = asdict(settings)
     places = {"runs", "prompts", "eval_prompts"}  # where things lie; the toy's prompts are not in files
     differing = sorted(name for name in wanted.keys() - places if found.get(name) != wanted[name])
@@ -162,7 +169,7 @@ def is_done(run, settings):
 
 
 def run_one(job):
-    """Train one row on one seed, or go on with it; what it prints goes to a .txt beside the run folder."""
+    """Train one row on one seed, or continue it. Its output goes to a .txt beside the run folder."""
     run, settings = job
     if any(run.glob("checkpoints/iteration-*")):
         arguments = ["--resume", str(run)]
@@ -171,7 +178,7 @@ def run_one(job):
         arguments = as_options(settings)
     run.parent.mkdir(parents=True, exist_ok=True)
     with (
-        open(run.parent / f"{run.name}.txt", "w") as out,
+        open(run.parent / f"{run.name}.txt", "w", encoding="utf-8") as out,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(out),
     ):
@@ -193,7 +200,7 @@ def as_options(settings):
 
 
 def run_all(folder, rows, seeds, shorten):
-    """Run what is missing, seed by seed, so that a grid that is stopped early has whole seeds."""
+    """Run what is missing, one seed after another: a grid that is stopped early then has some seeds in full."""
     jobs = []
     for seed in seeds:
         for name, settings in rows.items():
@@ -212,7 +219,7 @@ def run_all(folder, rows, seeds, shorten):
                 future.result()  # raises what the run raised
         except BaseException:
             for process in multiprocessing.active_children():
-                process.kill()  # a run that is killed goes on from its last checkpoint
+                process.kill()  # a run that is killed can be resumed from its last checkpoint
             raise
 
 
@@ -254,7 +261,7 @@ def overall(line):
 
 
 def summarise(run, noises):
-    """The numbers of one finished run. Final ones are of ODE sampling on fixed prompts and noise."""
+    """The numbers of one finished run. Those of its end come from ODE sampling on fixed prompts and noise."""
     log = read_log(run)
     evaluations = [line for line in log if "eval_reward" in line]
     last, first_rollout = evaluations[-1], log[1]
@@ -279,7 +286,7 @@ def diversity(videos, noises):
 
 
 def collect_results(folder, rows, seeds, chosen):
-    """All that RESULTS.md and the pictures quote: seeds; rows, with each number once per seed; claims."""
+    """What the pages and the pictures quote of the grid: seeds; rows, with each number once per seed; claims."""
     table = {}
     for name, settings in rows.items():
         runs = [summarise(folder / f"seed-{seed}" / name, config(settings).eval_noises) for seed in seeds]
@@ -288,7 +295,7 @@ def collect_results(folder, rows, seeds, chosen):
 
 
 def write_results(path, results):
-    """JSON with one line for each row, claim and candidate, so that a change can be read in a diff."""
+    """Write JSON with one line for each row, claim and candidate, so that a diff shows what has changed."""
     parts = []
     for name, value in results.items():
         if isinstance(value, dict):
@@ -299,7 +306,7 @@ def write_results(path, results):
             parts.append(f"{json.dumps(name)}: [\n" + ",\n".join(lines) + "\n ]")
         else:
             parts.append(f"{json.dumps(name)}: {json.dumps(value)}")
-    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n")
+    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def read_results():
@@ -307,26 +314,28 @@ def read_results():
     path = Path("results.json")
     if not path.is_file():
         raise SystemExit("results.json must be there: run the full grid first, python -m paper.ablate")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="fewer rows, 2 seeds, fewer iterations; tuned settings as shipped"
+        "--quick", action="store_true", help="fewer rows, two seeds, fewer iterations; the shipped tuned settings"
     )
-    parser.add_argument("--tables", action="store_true", help="run nothing: the tables of RESULTS.md from results.json")
-    parser.add_argument("--runs", default="runs/ablation", help="folder of the runs (default runs/ablation)")
+    parser.add_argument(
+        "--tables", action="store_true", help="run nothing; write the tables of the pages from results.json"
+    )
+    parser.add_argument("--runs", default="runs/ablation", help="folder of the runs [default: runs/ablation]")
     options = parser.parse_args()
     try:
         if options.tables:
-            claims.write_tables(read_results(), Path("RESULTS.md"))
+            claims.write_tables(read_results(), claims.PAGES)
         elif options.quick:
             quick_grid(Path(options.runs) / "quick")
         else:
             full_grid(Path(options.runs))
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from the last checkpoints") from None
+        raise SystemExit("stopped; the same command resumes from the last checkpoints") from None
 
 
 def full_grid(runs):
@@ -336,14 +345,11 @@ def full_grid(runs):
     results = collect_results(runs / "full", rows, SEEDS, claims.CLAIMS)
     results["tuning"] = tried
     if Path("results.json").exists():
-        shipped = read_results()
-        results["removed"] = shipped["removed"]  # measured with versions that still had those options
-        if "rehearsal" in shipped:  # paper/rehearsal.py
-            results["rehearsal"] = shipped["rehearsal"]
+        results = read_results() | results  # the rest is of other modules, and of options that were removed
     write_results(Path("results.json"), results)
-    claims.write_tables(results, Path("RESULTS.md"))
+    claims.write_tables(results, claims.PAGES)
     plots.ablation_pictures(partial(log_of, runs / "full", SEEDS), results, Path("figures"))
-    print("wrote results.json, the tables of RESULTS.md and figures/")
+    print("wrote results.json, the tables of RESULTS.md and paper/APPENDIX.md, and figures/")
 
 
 def quick_grid(folder):
@@ -353,7 +359,7 @@ def quick_grid(folder):
     run_all(folder, rows, range(2), shortened)
     results = collect_results(folder, rows, range(2), chosen)
     write_results(folder / "results.json", results)
-    print(claims.markdown(results["claims"]))
+    print(claims.claims_table(results["claims"]))
     for words, deciding, other in (("quick", results, shipped), ("full", shipped, results)):
         same, differ = claims.agreement(deciding["claims"], other["claims"])
         print(f"\nof the claims that the {words} grid decides, {len(same)} have one sign in both grids, not: {differ}")

@@ -1,17 +1,17 @@
-"""Where an iteration's time goes, in ratios that are taken within one run, so that they mean the same on any machine.
+"""Where an iteration's time goes, in ratios. Both sides of a ratio are timed in one run, so it holds on any machine.
 
-    python -m paper.bench                    all of it, some minutes on one core; results.json, a picture, a table
+    python -m paper.bench                    all of it in some minutes on one core: results.json, a picture, a table
     python -m paper.bench --only step order  some of it
-    python -m paper.bench --table            run nothing: the table from results.json
+    python -m paper.bench --table            run nothing; print the table from results.json
 
-    step        transition and log-probability of each sampler, by a plain Euler step
+    step        transition and log-probability of each sampler, divided by a plain Euler step
     outside     share of an iteration that is not the network: toy, miniature
-    exponents   how FLOPs and seconds of an iteration grow with T, samples and frames
-    checkpoint  writing and reading a checkpoint, by a copy of a file of the same size
-    order       an iteration by grpo.py and by the released loop's order of passes, in FLOPs and seconds
-                (this and the exponents without the VAE)
-    reward      reward per pass: a picture of the arms of paper.rehearsal, nothing is run
-Two things that are compared take turns, and each counts with its median.
+    exponents   how FLOPs and seconds of an iteration grow with T, samples and frames; without the VAE
+    checkpoint  writing and reading a checkpoint, divided by copying a file of the same size
+    order       an iteration of grpo.py divided by one in the released loop's order of passes, in FLOPs and in seconds;
+                without the VAE
+    reward      a picture of what the arms of paper.rehearsal gained for their FLOPs; nothing is run
+Things that are compared take turns. Each counts with the median of its times.
 """
 
 import argparse
@@ -27,23 +27,23 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import grpo
-import hunyuan
-import plan
 import train
-from checkpoint import generator
-from config import parse
+from engine import checkpoint
+from engine.config import parse
+from engine.draws import generator
+from engine.folder import Log
+from engine.trace import CPU_ATTENTION
 from paper import plots
 from paper.ablate import read_results, write_results
-from paper.claims import bench_table
-from paper.rehearsal import SHORT, arms
+from paper.claims import bench_table, ranked_arms
 from sde import SDE, SDE_TYPES, log_prob, sigma_schedule
 from tiny.hunyuan import build_tiny_hunyuan
 from tiny.miniature import build_miniature
 from toy.model import ToyPolicy
 from toy.world import PROMPTS as BLOB_PROMPTS
 from trust_region import Anchor
+from video import hunyuan
 
 TINY_SIZE = ("--frames", "9", "--height", "64", "--width", "64", "--eval_height", "64", "--eval_width", "64")
 
@@ -56,7 +56,7 @@ def seconds(function):
 
 
 def in_turns(functions, rounds):
-    """Median seconds of each function, which take turns, after a first call of each that does not count."""
+    """Median seconds of each function. The functions take turns; the first call of each does not count."""
     for function in functions:
         function()
     taken = [[seconds(function) for function in functions] for _ in range(rounds)]
@@ -65,13 +65,13 @@ def in_turns(functions, rounds):
 
 def counted(function):
     """FLOPs of a call."""
-    with FlopCounterMode(display=False, custom_mapping=plan.CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         function()
     return counter.get_total_flops()
 
 
 class Setup:
-    """A policy with all that an iteration of it needs. The anchor is not the rollout's policy: see `collect`."""
+    """A policy with all that an iteration of it needs. Its anchor is not the rollout's policy: see `iteration`."""
 
     def __init__(self, policy, config, prompts):
         self.policy, self.config = policy, config
@@ -89,14 +89,14 @@ class Setup:
         return dict(zip(("VQ", "MQ", "TA"), scores, strict=True))
 
     def iteration(self):
-        """As train.py makes it, in an iteration that computes its reference: 9 of 10 do."""
+        """An iteration as train.py makes it, with passes for the reference, as 9 of 10 iterations have."""
         batch = grpo.collect(self.policy, self.reward, self.prompts, self.sde, self.generators(), self.config, 1)
         orders = self.generators()
         grpo.update(self.policy, batch, self.config, self.optimizers, self.anchor, orders, 0, 1)
 
     def network_alone(self):
         """The same passes of the network, and nothing else."""
-        config, copies = self.config, grpo.samples_per_condition(self.config)
+        config, copies = self.config, grpo.copies_in_rollout(self.config)
         conditions = self.policy.encode(self.prompts)
         x = torch.zeros(config.batch_size, *self.policy.latent_shape)
         sigma = torch.full((config.batch_size,), 0.5)
@@ -109,8 +109,8 @@ class Setup:
                 self.policy.velocity(x[rows], sigma[rows], chosen).sum().backward()
 
     def released_order(self):
-        """The released loop's passes, written from its description: one video after another; for each step guidance's
-        two branches in the rollout, two under the reference, two with gradient. Decoding and reward are left out."""
+        """The released loop's passes, written from its description, one video after another. Each step has guidance's
+        two branches in the rollout, two under the reference, and two with gradient. There is no decoding or reward."""
         with torch.no_grad():
             states = [torch.randn(1, *self.policy.latent_shape) for _ in self.prompts]
         for prompt, x in zip(self.prompts, states, strict=True):
@@ -152,7 +152,7 @@ def tiny_setup(folder, *options):
 
 # ---------------------------------------------------------------------------------------------- the benchmarks
 def bench_step(folder, elements=10**6, rounds=15):
-    """{sampler: time of transition and log-probability by that of an Euler step}."""
+    """{sampler: time of transition and log-probability, divided by that of an Euler step}."""
     x, v, x_next = torch.randn(3, 1, elements)
     sigmas = sigma_schedule(20, 5.0)
     delta = (sigmas[6] - sigmas[5]).float()
@@ -167,7 +167,7 @@ def bench_step(folder, elements=10**6, rounds=15):
 
 
 def bench_outside(folder, rounds=3, samples=None):
-    """{preset: share of an iteration that is not the network}."""
+    """{preset: share of an iteration's time that is not the network's}."""
     shares = {}
     size = [] if samples is None else ["--group_size", "2", "--batch_size", str(samples), "--micro_batch", str(samples)]
     config = settings("--preset", "toy", *size)
@@ -188,7 +188,7 @@ def bench_outside(folder, rounds=3, samples=None):
 
 
 def bench_exponents(folder, rounds=5, base=(2, 4, 33)):
-    """{what grows: exponents of FLOPs and seconds}, from a doubling of each: T, samples, frames of the video."""
+    """{what grows: exponents of FLOPs and seconds}. T, samples and frames of the video are doubled, one at a time."""
     model = build_tiny_hunyuan(folder / "exponents" / "tiny")
     base = dict(zip(("num_steps", "batch_size", "frames"), base, strict=True))
     doubled = {name: 2 * value for name, value in base.items()}
@@ -208,9 +208,10 @@ def bench_exponents(folder, rounds=5, base=(2, 4, 33)):
 
 
 def bench_checkpoint(folder, rounds=5, side=3000):
-    """{save, load: seconds by those of copying a file of the same size and flushing it to the disk}.
+    """{save, load: seconds, divided by those of copying a file of the same size and flushing it to the disk}.
 
-    Of side² weights, their AdamW and their anchor: 144 MB, so that the time is that of bytes, not of opening files.
+    The checkpoint has side² weights, their AdamW and their anchor. That is 144 MB, so that the bytes take the time, not
+    the opening of files.
     """
     module = torch.nn.Linear(side, side, bias=False)
     optimizer = torch.optim.AdamW(module.parameters())
@@ -219,11 +220,11 @@ def bench_checkpoint(folder, rounds=5, side=3000):
     parts = module, [optimizer], Anchor(module)
     run = folder / "run"
     run.mkdir()
-    progress = {"iteration": 1, "optimizer_steps_made": 1, "line": {}, "log": checkpoint.Log(run).position()}
-    progress |= {"ranks": 1, "settings": {}, "prompt_digests": {}}
+    progress = {"iteration": 1, "optimizer_steps_made": 1, "line": {}, **Log(run).state(), "ranks": 1, "settings": {}}
+    progress |= {"prompt_digests": {}, "file_digests": {}, "controller": {}}
 
     def save():
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
         checkpoint.save(run / "checkpoints", *parts, progress)
 
     save()
@@ -250,14 +251,12 @@ ORDERS = {
     "attention's output kept": ("--checkpointing", "attention"),
     "KL on a quarter of the steps": ("--kl_steps", "1"),
     "conditional gradient": ("--guidance_gradient", "conditional"),
-    "all three": (
-        *("--guidance_gradient", "conditional", "--checkpointing", "attention", "--kl_steps", "1"),
-    ),
+    "all three": (*("--guidance_gradient", "conditional", "--checkpointing", "attention", "--kl_steps", "1"),),
 }
 
 
 def bench_order(folder, rounds=3, size=("--num_steps", "4")):
-    """{our options: FLOPs and seconds of an iteration by those of the released order}."""
+    """{our options: FLOPs and seconds of an iteration, divided by those of the released order}."""
     model = build_tiny_hunyuan(folder / "order" / "tiny")
     setups = {name: tiny_setup(model, *size, *options) for name, options in ORDERS.items()}
     released = tiny_setup(model, *size).released_order
@@ -271,19 +270,19 @@ def bench_order(folder, rounds=3, size=("--num_steps", "4")):
 
 
 def bench_reward(folder, picture=Path("figures/reward_per_pass.png")):
-    """Draw what every arm of the rehearsal gained for its passes. Returns {arm: passes, of all its iterations}."""
-    table = read_results().get("rehearsal", {})
-    done = {arm: entry["seeds"] for arm, entry in table.items() if len(entry["seeds"]) > 1 and "rank" not in arm}
-    if not done:
+    """Draw what every arm of the rehearsal gained for its FLOPs. Returns {arm: TFLOP of one of its runs}."""
+    rehearsal = read_results().get("rehearsal", {})
+    shown = {}
+    for arm, entry in rehearsal.items():
+        # Runs on several ranks have the FLOPs and the gain of those on one.
+        if len(entry["seeds"]) > 1 and not arm.startswith("2 ranks"):
+            shown[arm] = entry
+    if not shown:
         print("no arm of paper.rehearsal has two seeds in results.json: no picture of reward per pass")
         return {}
-    forward = hunyuan.pass_flops(hunyuan.token_count(81, 352, 624))
-    passes = {}
-    for arm in done:
-        config = settings("--preset", "mini", *SHORT, *arms()[arm])
-        passes[arm] = config.iterations * sum(plan.forward_equivalents(config, *forward).values())
-    plots.reward_per_pass(done, passes, picture)
-    return {f"passes of a run for each video and step, {arm}": number for arm, number in passes.items()}
+    rows = [row for row in ranked_arms(rehearsal) if row.arm in shown]
+    plots.reward_per_flop(rows, picture)
+    return {f"TFLOP of a run, {row.arm}": row.tflop for row in rows}
 
 
 BENCHES = {
@@ -298,8 +297,10 @@ BENCHES = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="[default: all]")
-    parser.add_argument("--table", action="store_true", help="run nothing: the table from results.json")
+    parser.add_argument(
+        "--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="the benchmarks to run [default: all]"
+    )
+    parser.add_argument("--table", action="store_true", help="run nothing; print the table from results.json")
     options = parser.parse_args()
     results = read_results()
     table = results.setdefault("bench", {})

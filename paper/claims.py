@@ -1,19 +1,27 @@
-"""What the paper claims, as differences between rows of the ablation grid, and the verdict of the toy on each; of some
-also the verdict of the miniature, whose arms are those of paper.rehearsal.
+"""The paper's claims as differences between rows of the ablation grid, and the toy's verdict on each. Some claims have
+the miniature's verdict, too, from two arms of paper.rehearsal.
 
 A difference is paired: both rows of a pair see the same prompts and noise, seed by seed. The interval is Student's at
 95% over the seeds. A claim `holds` where the interval lies on the claimed side of 0, `does not hold` where it lies on
-the other side, and else `cannot be seen`. There are many claims: where the truth is 0, one in twenty is called wrongly
-by chance.
+the other side, and otherwise `cannot be seen`. No correction is made for the number of claims: where the true
+difference is 0, one verdict in twenty is wrong by chance.
 """
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from paper.flops import run_tflop
+
+# The pages that take their numbers from results.json.
+PAGES = (Path("RESULTS.md"), Path("paper/APPENDIX.md"))
+
 # Half widths of Student's 95% interval in standard errors, by degrees of freedom; any table of the t distribution.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+SEEDS = 5  # of an arm of paper.rehearsal, unless its table says otherwise
+UNDECIDED = "cannot be seen"  # the verdict where an interval has 0 in it
 NAMES = {"sage": "SAGE", "flow": "FlowGRPO", "dance": "DanceGRPO", "cps": "CPS", "exact": "exact"}
 
 
@@ -126,6 +134,17 @@ FIGURE_7 = [
     Claim("Fig. 7", "two-stage λ_KL ends above fixed λ_KL", (("schedule,two_stage", "sage,dual,A"),)),
     Claim("Fig. 7", "two-stage λ_KL ends above the milder one", (("schedule,two_stage", "schedule,milder"),)),
     Claim("Fig. 7", "two-stage λ_KL ends above a linear ramp", (("schedule,two_stage", "schedule,ramp"),)),
+    Claim(
+        "Fig. 7",
+        "two-stage λ_KL ends above the controller with the release's KL target, 1e-5",
+        (("schedule,two_stage", "schedule,controller,1e-5"),),
+    ),
+    Claim(
+        "Fig. 7",
+        "two-stage λ_KL ends above the controller with a KL target of 1e-4",
+        (("schedule,two_stage", "schedule,controller,1e-4"),),
+        quick=False,
+    ),
 ]
 
 
@@ -241,8 +260,8 @@ OURS = [
 ]
 CLAIMS = PAPER + OURS
 
-# {text of a claim: the pair of arms of paper.rehearsal that it compares}. They end after 8 iterations, in setting A,
-# with a noisy last step and one λ_KL for all.
+# {text of a claim: the pair of arms of paper.rehearsal that it compares}. The arms run for 8 iterations in setting A,
+# with a noisy last step and the same λ_KL.
 ON_MINIATURE = {
     TABLE_2[0].text: ("short run", "dance_grpo"),
     TABLE_2[1].text: ("short run", "flow_grpo"),
@@ -317,11 +336,13 @@ def judge(table, claims):
 
 def verdict_of(mean, half):
     """Of an interval mean ± half, where a claim says that it lies above 0."""
-    return "holds" if mean > half else "does not hold" if mean < -half else "cannot be seen"
+    if mean > half:
+        return "holds"
+    return "does not hold" if mean < -half else UNDECIDED
 
 
 def paired(arms, a, b, number):
-    """Number of arm a − number of arm b, for every seed that both have. `arms`: results.json's "rehearsal"."""
+    """A number of arm a minus that of arm b, for every seed that both have. arms: results.json's "rehearsal"."""
     differences = []
     for seed in sorted(arms[a]["seeds"].keys() & arms[b]["seeds"].keys()):
         first, second = (overall(arms[arm]["seeds"][seed]) for arm in (a, b))
@@ -334,74 +355,154 @@ def overall(run):
 
 
 def on_miniature(entry, arms):
-    """One cell: what the miniature says of a claim of the toy's table."""
+    """One cell: what the miniature says of a claim. A number alone is not decided."""
     if entry["text"] not in ON_MINIATURE:
         return "–"
     (claim,) = [claim for claim in CLAIMS if claim.text == entry["text"]]
     mean, half = interval(paired(arms, *ON_MINIATURE[claim.text], claim.number))
-    return f"{mean:+.3f} ± {half:.3f}: {verdict_of(claim.sign * mean, half)}"
+    verdict = verdict_of(claim.sign * mean, half)
+    number = f"{mean:+.3f} ± {half:.3f}"
+    return number if verdict == UNDECIDED else f"{number}: {verdict}"
 
 
 def miniature_table(arms):
-    """Every arm of the rehearsal: its last evaluation, mean over seeds, and what it gains beyond the short run's gain.
+    """What every arm of the rehearsal gains, and what a TFLOP of it gains; the best comes first."""
+    return markdown_table(
+        ("arm", "gain", "minus the short run's ± 95%", "TFLOP of a run", "gain per TFLOP"),
+        [
+            (row.title, f"{row.gain:+.3f}", row.against, f"{row.tflop:.3f}", f"{row.efficiency:.3f}")
+            for row in ranked_arms(arms)
+        ],
+    )
 
-    Arms with another guidance start from another reward, so gains are compared, not ends.
+
+def full_miniature_table(arms):
+    """The same arms with their rewards, the three scores behind a reward, and the distance to the manifold."""
+    numbers = ("VQ", "MQ", "TA", "distance")
+    rows = []
+    for row in ranked_arms(arms):
+        means = [f"{np.mean([run[name] for run in row.runs]):.3f}" for name in numbers]
+        rows.append((row.title, f"{row.before:.3f} → {row.before + row.gain:.3f}", *means, f"{row.efficiency:.3f}"))
+    return markdown_table(("arm", "reward", *numbers, "gain per TFLOP"), rows)
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One arm of the rehearsal, on the mean of its seeds."""
+
+    arm: str
+    runs: list  # one for each seed, of results.json
+    before: float
+    gain: float
+    against: str  # its gain minus the short run's
+    tflop: float  # of one run
+    elsewhere: bool  # it starts from another reward than the short run
+
+    @property
+    def title(self):
+        """Its name, with the number of seeds where that is not the usual one."""
+        return self.arm if len(self.runs) == SEEDS else f"{self.arm} ({len(self.runs)} seeds)"
+
+    @property
+    def efficiency(self):
+        return self.gain / self.tflop
+
+
+def ranked_arms(arms):
+    """Every arm that has a run, the highest gain per TFLOP first.
+
+    Arms with another guidance come last. They start from another reward than the short run, so their gains cannot be
+    compared with its gain.
     """
-    names = ("reward", "gain", "gain − the short run's ± 95%", "VQ", "MQ", "TA", "distance", "seeds")
-    lines = ["| arm | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
     gains = {arm: {"seeds": {}} for arm in arms}
     for arm, entry in arms.items():
         for seed, run in entry["seeds"].items():
             gains[arm]["seeds"][seed] = run | {"gain": run["after"] - run["before"]}
+    rows = []
     for arm, entry in gains.items():
         runs = list(entry["seeds"].values())
         if not runs:
             continue
-        before, after, gain = (np.mean([run[name] for run in runs]) for name in ("before", "after", "gain"))
         against = "–"
-        if arm != "short run" and len(runs) > 1:
-            mean, half = interval(paired(gains, arm, "short run", "gain"))
+        differences = paired(gains, arm, "short run", "gain")
+        if arm != "short run" and len(differences) > 1:
+            mean, half = interval(differences)
             against = f"{mean:+.3f} ± {half:.3f}"
-        means = [f"{np.mean([run[name] for run in runs]):.3f}" for name in ("VQ", "MQ", "TA", "distance")]
-        cells = [arm, f"{before:.3f} → {after:.3f}", f"{gain:+.3f}", against, *means, str(len(runs))]
-        lines.append("| " + " | ".join(cells) + " |")
+        before, gain = (float(np.mean([run[name] for run in runs])) for name in ("before", "gain"))
+        elsewhere = bool(np.abs(paired(arms, arm, "short run", "before")).mean() > 0.01)
+        tflop = run_tflop(tuple(arms[arm]["options"]))
+        rows.append(ArmRow(arm, runs, before, gain, against, tflop, elsewhere))
+    return sorted(rows, key=lambda row: (row.elsewhere, -row.efficiency))
+
+
+def markdown_table(heads, rows):
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for cells in rows:
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def agreement(deciding, other):
-    """Of the claims that one grid decides and the other has: those with the same sign in both, and those without."""
+    """The claims that `deciding` decides and both grids have: (texts with the same sign in both, the other texts)."""
     means = {entry["text"]: entry["mean"] for entry in other}
     same, different = [], []
     for entry in deciding:
         text = entry["text"]
-        if entry["verdict"] != "cannot be seen" and text in means:
+        if entry["verdict"] != UNDECIDED and text in means:
             (same if entry["mean"] * means[text] > 0 else different).append(text)
     return same, different
 
 
-def markdown(verdicts, claims=None, arms=None):
-    """A table of verdicts, of some claims or of all. The difference is the number's own: first row − second.
+def claims_table(verdicts, arms=None):
+    """A table of verdicts. The difference is the number's own: first row − second.
 
     arms: results.json's "rehearsal", for a column of the miniature.
     """
-    texts = {claim.text for claim in claims} if claims else {entry["text"] for entry in verdicts}
-    heads = ["of", "claim", "number", "difference ± 95%", "on the toy", *(["on the miniature"] if arms else [])]
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    heads = ["of", "claim", "number", "difference ± 95%", "on the toy"]
+    if arms:
+        heads.append("on the miniature")
+    rows = []
     for entry in verdicts:
-        if entry["text"] in texts:
-            difference = f"{entry['mean']:+.3f} ± {entry['half']:.3f}"
-            cells = [entry["source"], entry["text"], entry["number"], difference, entry["verdict"]]
-            if arms:
-                cells.append(on_miniature(entry, arms))
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        difference = f"{entry['mean']:+.3f} ± {entry['half']:.3f}"
+        cells = [entry["source"], entry["text"], entry["number"], difference, entry["verdict"]]
+        if arms:
+            cells.append(on_miniature(entry, arms))
+        rows.append(cells)
+    return markdown_table(heads, rows)
+
+
+def select(verdicts, claims, decided):
+    """The verdicts on some claims: those that are decided, or those that are not."""
+    texts = {claim.text for claim in claims}
+    return [entry for entry in verdicts if entry["text"] in texts and (entry["verdict"] != UNDECIDED) == decided]
+
+
+def counts(results):
+    """One sentence on how many intervals there are, and how many of them chance alone would call."""
+    toy, miniature = len(results["claims"]), len(ON_MINIATURE)
+    undecided = sum(entry["verdict"] == UNDECIDED for entry in results["claims"])
+    return (
+        f"The toy has {toy} such intervals, the miniature {miniature}. Each is a 95% interval, and nothing corrects "
+        f"for their number: if no difference were real, chance alone would give about {round(0.05 * toy)} of the toy's "
+        f"{toy} a verdict. {undecided} of them cannot be seen."
+    )
+
+
+def equal_variance(results):
+    """One sentence on the η at which each sampler injects as much variance as SAGE."""
+    etas = []
+    for sampler, title in NAMES.items():
+        row = results["rows"].get(f"{sampler},equal variance")
+        if row:
+            etas.append(f"{row['settings']['eta']:.4g} for {title}")
+    return f"Where SAGE has η = 0.5, equal variance is η = {', '.join(etas)}."
 
 
 def table_2(results):
     """Table 2 on the toy beside the paper's Overall. Final ODE samples, mean over seeds."""
     numbers = ("Overall", "VQ", "MQ", "TA", "distance", "diversity")
-    lines = ["| setting | sampler | KL | " + " | ".join(numbers) + " | the paper's Overall |"]
-    lines.append("| --- " * (4 + len(numbers)) + "|")
+    rows = []
     for setting in "AB":
         for sampler, title in NAMES.items():
             for mode in ("none", "fixed", "dual"):
@@ -410,23 +511,23 @@ def table_2(results):
                     continue
                 means = [f"{np.mean(results['rows'][name][number]):.3f}" for number in numbers]
                 printed = f"{PAPER_TABLE_2[name][0]:.3f}" if name in PAPER_TABLE_2 else "–"
-                lines.append(f"| {setting} | {title} | {mode} | " + " | ".join(means) + f" | {printed} |")
-    return "\n".join(lines)
+                rows.append((setting, title, mode, *means, printed))
+    return markdown_table(("setting", "sampler", "KL", *numbers, "the paper's Overall"), rows)
 
 
 def paper_table_2():
     """The paper's Table 2 in full."""
-    lines = ["| setting | sampler | KL | Overall | VQ | MQ | TA | CLIPScore | PickScore |", "| --- " * 9 + "|"]
+    rows = []
     for name, values in PAPER_TABLE_2.items():
         sampler, mode, setting = name.split(",") if "," in name else ("before training", "–", "–")
-        cells = [setting, NAMES.get(sampler, sampler), mode, *[f"{value:.4f}" for value in values]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append((setting, NAMES.get(sampler, sampler), mode, *(f"{value:.4f}" for value in values)))
+    heads = ("setting", "sampler", "KL", "Overall", "VQ", "MQ", "TA", "CLIPScore", "PickScore")
+    return markdown_table(heads, rows)
 
 
 def tuning_table(results):
     """Overall of every candidate on the two tuning seeds; the chosen one in bold."""
-    lines = ["| row | tuned | candidates: mean Overall |", "| --- | --- | --- |"]
+    rows = []
     for name, entries in results["tuning"].items():
         tuned = "kl_lambda" if name.startswith("kl,") else "learning_rate"
         means = [np.mean(entry["Overall"]) for entry in entries]
@@ -434,8 +535,27 @@ def tuning_table(results):
         for entry, mean in zip(entries, means, strict=True):
             cell = f"{entry['settings'][tuned]:g}: {mean:.3f}"
             cells.append(f"**{cell}**" if mean == max(means) else cell)
-        lines.append(f"| {name} | {tuned} | " + " · ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append((name, tuned, " · ".join(cells)))
+    return markdown_table(("row", "tuned", "candidates: mean Overall"), rows)
+
+
+def extremes_table(runs):
+    """Training the extremes of each group on the toy. runs: results.json's "extremes".
+
+    A row is compared with the one that trains all samples of groups of its size.
+    """
+    rows = []
+    for name, seeds in runs.items():
+        means = {number: np.mean([run[number] for run in seeds.values()]) for number in ("after", "VQ", "distance")}
+        whole = name.split(",")[0] if name.startswith("G ") else "all 16"
+        against = "–"
+        if name != whole:
+            both = seeds.keys() & runs[whole].keys()
+            differences = [seeds[seed]["after"] - runs[whole][seed]["after"] for seed in both]
+            mean, half = interval(differences)
+            against = f"{mean:+.3f} ± {half:.3f}"
+        rows.append((name, f"{means['after']:.3f}", against, f"{means['VQ']:.3f}", f"{means['distance']:.3f}"))
+    return markdown_table(("trained", "reward", "minus all of the group ± 95%", "VQ", "distance"), rows)
 
 
 def correlations(results):
@@ -446,37 +566,49 @@ def correlations(results):
 
 
 def bench_table(parts):
-    """The ratios of paper.bench, without those that its picture shows."""
-    lines = ["| what | ratio |", "| --- | --- |"]
+    """The ratios of paper.bench, without the numbers behind its picture."""
+    rows = []
     for name, ratios in parts.items():
         if name != "reward":
-            lines += [f"| {what} | {ratio:.3g} |" for what, ratio in ratios.items()]
-    return "\n".join(lines)
+            rows += [(what, f"{ratio:.3g}") for what, ratio in ratios.items()]
+    return markdown_table(("what", "ratio"), rows)
 
 
 def tables(results):
-    """{name: text} of everything that RESULTS.md takes from results.json."""
+    """{name: text} of everything that the pages take from results.json."""
+    verdicts, arms = results["claims"], results["rehearsal"]
     return {
-        "claims of the paper": markdown(results["claims"], PAPER, results["rehearsal"]),
-        "our own options": markdown(results["claims"], OURS, results["rehearsal"]),
-        "the miniature": miniature_table(results["rehearsal"]),
+        "counts": counts(results),
+        "equal variance": equal_variance(results),
+        "claims of the paper": claims_table(select(verdicts, PAPER, decided=True), arms),
+        "claims of the paper, undecided": claims_table(select(verdicts, PAPER, decided=False), arms),
+        "our own options": claims_table(select(verdicts, OURS, decided=True), arms),
+        "our own options, undecided": claims_table(select(verdicts, OURS, decided=False), arms),
+        "the miniature": miniature_table(arms),
+        "the miniature in full": full_miniature_table(arms),
         "tuning": tuning_table(results),
         "table 2 on the toy": table_2(results),
         "correlations": correlations(results),
         "table 2 of the paper": paper_table_2(),
+        "extremes on the toy": extremes_table(results["extremes"]),
         "benchmarks": bench_table(results["bench"]),
-        "removed": markdown(results["removed"]["claims"]),
+        "removed": claims_table(results["removed"]["claims"]),
     }
 
 
-def write_tables(results, path):
-    """Put each table between its two comment lines in RESULTS.md."""
-    text = path.read_text(encoding="utf-8")
-    for name, table in tables(results).items():
-        block = f"<!-- table: {name} -->\n{table}\n<!-- end -->"
-        text, count = re.subn(
-            f"<!-- table: {re.escape(name)} -->\n.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL
-        )
-        if count != 1:
-            raise ValueError(f"{path} must have one place for each table: got {count} for {name!r}")
-    path.write_text(text, encoding="utf-8")
+def write_tables(results, paths):
+    """Put each table between its two comment lines, in the one of the pages that has a place for it."""
+    pages = {path: path.read_text(encoding="utf-8") for path in paths}
+    for name, text in tables(results).items():
+        block = f"<!-- table: {name} -->\n{text}\n<!-- end -->"
+        places = 0
+        for path, page in pages.items():
+            pages[path], count = re.subn(
+                f"<!-- table: {re.escape(name)} -->\n.*?<!-- end -->", lambda _, b=block: b, page, flags=re.DOTALL
+            )
+            places += count
+        if places != 1:
+            names = " and ".join(str(path) for path in paths)
+            raise ValueError(f"{names} must have one place for each table: got {places} for {name!r}")
+    for path, page in pages.items():
+        path.write_text(page, encoding="utf-8")

@@ -1,14 +1,15 @@
-"""Draw the figures of the paper that need no training, or the README's two pictures of a finished run.
+"""Draw the figures of the paper that need no training, or the pages' three pictures of a finished run.
 
-    python -m paper.figures                   the paper's figures on small worlds, in about a minute:
-        figures/fig1_3_exploration.png        noise injected per step, where it leads, how much of it leaves the data
-        figures/marginals.png                 error of the marginals against the number of steps, by exact propagation
-        figures/fig4_gradient_norms.png       gradient norm of each step, before and after the equalizer
-        figures/fig2_pipeline.png             the algorithm as a diagram of this code's functions
-        figures/figures.json                  the numbers that these pictures show; they are printed, too
-    python -m paper.figures --run runs/toy-1  the README's pictures, from a finished run of the toy:
-        figures/default_run.gif               videos before and after training, animated
-        figures/default_run.png               reward and distance to the manifold against the iteration
+python -m paper.figures                   the paper's figures on small worlds, in about a minute:
+    figures/fig1_3_exploration.png        noise of each step, where it leads, how much of it leaves the data
+    figures/marginals.png                 error of the marginals against the number of steps, by exact propagation
+    figures/fig4_gradient_norms.png       gradient norm of each step, before and after the equalizer
+    figures/fig2_pipeline.png             the algorithm as a diagram of this code's functions
+    figures/figures.json                  the numbers that these pictures show; they are also printed
+python -m paper.figures --run runs/toy-1  the pages' pictures, from a finished run of the toy:
+    figures/default_run.gif               videos before and after training, animated
+    figures/default_run.png               reward and distance to the manifold against the iteration
+    figures/curves.png                    the curves that every run draws, with notes
 """
 
 import argparse
@@ -20,16 +21,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import pictures
+from engine import pictures
 from equalizer import equalizer_scales, gradient_norms
 from paper.plots import LOOKS, finish
-from sde import SDE, SDE_TYPES, SIGMA_MAX, diffusion_coefficient, log_prob, rollout, sigma_schedule
+from sde import SDE, SDE_TYPES, SIGMA_MAX, log_prob, rollout, sigma_schedule
 from toy import world
 from toy.gaussian import GaussianMixture, gaussian, propagate
 from toy.model import ToyPolicy
+from toy.walk import integral_of_eq_5
 
 FOLDER = Path("figures")
-# name -> colour, line, marker; a sampler of your own needs a further look in paper/plots.py
+# name -> colour, line, marker; for a sampler of your own, add one to LOOKS in paper/plots.py
 SAMPLERS = dict(zip(SDE_TYPES, LOOKS, strict=True))
 STEPS = 20
 ETA = 0.5
@@ -54,13 +56,9 @@ def arc_world(parts=24):
 
 
 def exact_integral(sigmas, eta):
-    """∫ε² over each step, from SIGMA_MAX down, [T]: by Gauss–Legendre quadrature with 200 nodes, without Eq. 5."""
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    high = np.minimum(sigmas[:-1], SIGMA_MAX)
-    low = np.minimum(sigmas[1:], SIGMA_MAX)
-    points = low[:, None] + (high - low)[:, None] * (nodes + 1) / 2
-    squares = np.vectorize(diffusion_coefficient)(points, eta) ** 2
-    return (squares * weights).sum(1) * (high - low) / 2
+    """∫ε² over each step, from SIGMA_MAX down, [T]: by quadrature, without Eq. 5."""
+    clamped = np.minimum(sigmas, SIGMA_MAX)
+    return np.array([integral_of_eq_5(high, low, eta) for high, low in zip(clamped[:-1], clamped[1:], strict=True)])
 
 
 def off_and_along(samples, origin):
@@ -313,7 +311,7 @@ def draw_norms(axis, sampler, curves):
 
 # ---------------------------------------------------------------------------------------------- Fig. 2
 BOXES = {  # x and y of the middle, title, functions
-    "prompts": (1.0, 3.0, "prompts, noise", ["train.draw_prompts", "sde.randn"]),
+    "prompts": (1.0, 3.0, "prompts, noise", ["draws.draw_prompts", "sde.randn"]),
     "rollout": (4.0, 3.0, "rollout, Eq. 7", ["sde.rollout", "SDE.transition", "sde.log_prob"]),
     "reward": (7.0, 3.0, "reward, Eq. 10", ["policy.decode", "rewards.composite_reward"]),
     "advantage": (10.0, 3.0, "advantage A_i", ["rewards.group_advantages"]),
@@ -385,13 +383,14 @@ def draw_box(axis, box, face):
 
 # ---------------------------------------------------------------------------------------------- a finished run
 def default_run(run):
-    """Draw the README's two pictures of a finished run. The videos are those of each prompt's first noise."""
+    """Draw the pages' pictures of a finished run. The videos are those of each prompt's first noise."""
     settings, log = read_run(run)
     before = np.load(run / "samples_before.npy")[:: settings["eval_noises"]]
     after = np.load(run / "samples_after.npy")[:: settings["eval_noises"]]
     pictures.side_by_side(before, after, world.PROMPTS, FOLDER / "default_run.gif", count=7)
     draw_default_run(log, FOLDER / "default_run.png")
-    print(f"wrote default_run.gif and default_run.png in {FOLDER}/")
+    draw_annotated_curves(log, settings["clip_range"], FOLDER / "curves.png")
+    print(f"wrote default_run.gif, default_run.png and curves.png in {FOLDER}/")
 
 
 def read_run(run):
@@ -400,8 +399,8 @@ def read_run(run):
     missing = [name for name in needed if not (run / name).is_file()]
     if missing:
         raise SystemExit(f"--run must be the folder of a finished run: {run} has no {', '.join(missing)}")
-    settings = json.loads((run / "config.json").read_text())
-    log = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    log = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if settings["model"] != "toy":
         raise SystemExit(f"--run must be a run of the toy: the model of {run} is {settings['model']}")
     made = log[-1]["iteration"]
@@ -429,6 +428,37 @@ def draw_default_run(log, path):
     plt.close(figure)
 
 
+def draw_annotated_curves(log, clip_range, path):
+    """The curves that every run draws, with notes on what to look for in them."""
+    figure, ((reward, kl), (ratio, gradient)) = pictures.draw_curves(log, clip_range)
+    iterations, quality = pictures.series(log, "eval_VQ")
+    best = quality.argmax()
+    first, last = (f"{quality[place]:.3f}" for place in (best, -1))
+    peak = f"VQ peaks at iteration {iterations[best]}\n({first}) and ends at {last}"
+    text = f"the reward rises; but {peak}: the first sign\nof over-optimisation"
+    bottom, top = reward.get_ylim()
+    reward.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the note
+    note(reward, text, (iterations[best], quality[best]), (0.02, 0.82))
+    iterations, position = pictures.series(log, "kl_position")
+    refreshed = np.flatnonzero(position == 0)
+    text = "a saw-tooth: 0 after each\nrefresh of the anchor"
+    note(kl, text, (iterations[refreshed[len(refreshed) // 2]], 0), (0.31, 0.26))
+    note(ratio, "ρ is 1 up to rounding: one optimizer step\nper iteration, so the clip never acts", None, (0.22, 0.62))
+    _, norms = pictures.series(log, "grad_norm")
+    text = f"steady: within a factor of {norms.max() / norms.min():.1f}.\nSpikes far above that announce collapse"
+    note(gradient, text, None, (0.25, 0.12))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def note(axis, text, point, place):
+    """A text at a place in shares of the axis, with an arrow to a point of its data, if one is given."""
+    box = {"boxstyle": "round", "facecolor": "lightyellow", "edgecolor": "gray"}
+    arrow = None if point is None else {"arrowstyle": "->", "color": "gray"}
+    looks = {"arrowprops": arrow, "fontsize": 9, "bbox": box, "textcoords": "axes fraction"}
+    axis.annotate(text, point or place, place, "data" if point else "axes fraction", **looks)
+
+
 def first_to_last(log, name):
     _, values = pictures.series(log, name)
     return f"{values[0]:.3f} → {values[-1]:.3f}"
@@ -439,7 +469,7 @@ def paper_figures():
     """All figures that need no run, and their numbers."""
     results = {"energy": exploration(), "slopes": marginals(), "spreads": gradient_norm_figure()}
     pipeline()
-    (FOLDER / "figures.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    (FOLDER / "figures.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     for title, numbers in results.items():
         print(title)
         for name, value in numbers.items():
@@ -455,8 +485,8 @@ def three_digits(value):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Draw the paper's figures, or the README's pictures of a run.")
-    parser.add_argument("--run", type=Path, help="a finished run of the toy, for the README's pictures")
+    parser = argparse.ArgumentParser(description="Draw the paper's figures, or the pages' pictures of a run.")
+    parser.add_argument("--run", type=Path, help="a finished run of the toy, for the pages' pictures")
     options = parser.parse_args(arguments)
     FOLDER.mkdir(exist_ok=True)
     if options.run is None:

@@ -1,20 +1,21 @@
-"""What one GPU makes of the real architecture with random weights. Nothing is downloaded or learned.
+"""How fast one GPU runs the real architecture, with random weights. Nothing is downloaded or learned.
 
-    python -m paper.gpu                  some minutes on a GPU with 48 GiB or more; a table for RESULTS.md
-    python -m paper.gpu --tiny           the same of a tiny model, on a CPU, too
-    python -m paper.gpu --out FILE       the numbers as JSON, too; each is written as soon as it is measured
+    python -m paper.gpu                  some minutes on a GPU with 48 GiB or more; prints a table
+    python -m paper.gpu --tiny           the same with a tiny model, also on a CPU
+    python -m paper.gpu --out FILE       also writes the numbers as JSON, each as soon as it is measured
 
-A LoRA of rank 64 over a bf16 base, because that fits one GPU: each attention kernel that runs, at the smaller of the
-paper's sizes; the fastest of them at both, and with the attention's output kept for backward. A third of the blocks,
-trained in full with float32 masters, as FSDP trains them. The VAE's decoding in float32. Last, compiled blocks, since
-a compiler is what is likeliest to fail. A row has:
+Most rows train a LoRA of rank 64 over a bf16 base, because that fits one GPU. Every attention kernel that runs is
+measured at the smaller of the paper's sizes, FlashAttention-3 and 4 among them where their packages are installed, and
+the fastest one at both, also with the attention's output kept for backward. Then come a third of the blocks, trained in
+full with float32 masters, as FSDP trains them, and the VAE's decoding in float32. Compiled blocks come last, since a
+compiler is most likely to fail. A row has:
 
     seconds    of a forward pass, and of one with backward, after a first call that warms up
     TFLOP/s    of all FLOPs of the pass with backward, those of checkpointing's second forward among them: what
                --gpu_tflops of the dry run takes
     share      of the rate that the card reaches in a product of two large bf16 matrices; here the second forward does
                not count (model-FLOP utilisation)
-    peak       of GPU memory in the pass with backward, beside what hunyuan.memory_estimate computes for the same parts
+    peak       of GPU memory in the pass with backward, beside what plan.memory computes for the same parts
 
 Without a GPU there are no peaks.
 """
@@ -23,15 +24,19 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from diffusers import AutoencoderKLHunyuanVideo15
 
-import hunyuan
-from config import parse
-from grpo import clock
-from plan import DECODE_BYTES, GLYPH_TOKENS, TEXT_TOKENS, pass_with_gradient
+from engine.config import Config
+from engine.plan import DECODE_BYTES, gradient_cost, memory, pass_flops
+from engine.scoring import clock
+from engine.trace import GLYPH_TOKENS, TEXT_TOKENS
+from video import hunyuan, kernels
+from video.prompts import Prompt
 
 LORA_RANK = 64
 SIZES = {"352 × 624 × 81": (81, 352, 624), "480 × 832 × 81": (81, 480, 832)}
@@ -63,8 +68,7 @@ def matrix_rate(device, side):
 
 def random_policy(device, architecture, lora_rank, checkpointing="full"):
     """The released transformer, its weights drawn at random, as a policy without guidance."""
-    dtype = torch.bfloat16 if lora_rank else torch.float32
-    transformer = hunyuan.prepare(hunyuan.meta_transformer(architecture, dtype), lora_rank, checkpointing)
+    transformer = hunyuan.build_transformer(architecture, torch.bfloat16, lora_rank, checkpointing)
     transformer.to_empty(device=device)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -76,13 +80,14 @@ def random_policy(device, architecture, lora_rank, checkpointing="full"):
 
 def usable_kernels(device, head_dim):
     names = []
-    for name in hunyuan.KERNELS:
+    for name in kernels.KERNELS:
         if name == "math" and device.type == "cuda":
             continue  # it holds all scores at once, 20 GiB a block at the smaller size
-        try:
-            names.append(hunyuan.attention_kernel(name, device, torch.bfloat16, head_dim))
-        except ValueError as error:
-            print(f"left out: {error}")
+        problem = kernels.problem_of(name, device, torch.bfloat16, head_dim)
+        if problem is None:
+            names.append(name)
+        else:
+            print(f"left out: {name}: {problem}")
     return names
 
 
@@ -92,7 +97,7 @@ def measure_pass(policy, size, rate, device, lora_rank=LORA_RANK, checkpointing=
     x = torch.randn(1, *hunyuan.latent_shape(*size), device=device)
     sigma = torch.full((1,), 0.5, device=device)
     text = torch.randn(TEXT_TOKENS, sizes.text_embed_dim), torch.randn(GLYPH_TOKENS, sizes.text_embed_2_dim)
-    prompt = hunyuan.Prompt(*text)
+    prompt = Prompt(*text)
 
     def forward():
         with torch.no_grad():
@@ -104,29 +109,34 @@ def measure_pass(policy, size, rate, device, lora_rank=LORA_RANK, checkpointing=
     forward_seconds, _ = measured(forward, device)
     seconds, peak = measured(with_backward, device)
     tokens = hunyuan.token_count(*size)
-    estimate = {"config": sizes, "branches": 1, "checkpointing": checkpointing}
-    parts = hunyuan.memory_estimate(tokens, 1, lora_rank, **estimate)
-    per_pass = hunyuan.pass_flops(tokens, sizes)
+    config = settings(size, lora_rank, checkpointing)
+    parts = memory(config, 1, sizes)
+    per_pass = pass_flops(tokens, sizes)
     return {
         "forward seconds": forward_seconds,
         "with backward": seconds,
-        "TFLOP/s": flops_with_backward(per_pass, lora_rank, checkpointing) / seconds / 1e12,
+        "TFLOP/s": flops_with_backward(per_pass, config) / seconds / 1e12,
         "share forward": sum(per_pass) / forward_seconds / rate,
-        "share with backward": flops_with_backward(per_pass, lora_rank, "none") / seconds / rate,
+        "share with backward": flops_with_backward(per_pass, replace(config, checkpointing="none")) / seconds / rate,
         "peak GiB": peak,
         "computed GiB": sum(parts[name] for name in ("weights", "gathered", "gradients", "activations")),
     }
 
 
-def flops_with_backward(per_pass, lora_rank, checkpointing):
+def settings(size, lora_rank, checkpointing):
+    """Those of a run whose update has this pass."""
+    frames, height, width = size
+    video = {"frames": frames, "height": height, "width": width, "guidance_scale": 1.0}
+    return Config(lora_rank=lora_rank, checkpointing=checkpointing, **video)
+
+
+def flops_with_backward(per_pass, config):
     """FLOPs of a pass with backward."""
-    options = ["--lora_rank", str(lora_rank), "--checkpointing", checkpointing]
-    config, _ = parse(["--preset", "paper", "--dry-run", *options])
-    return sum(times * flops for times, flops in zip(pass_with_gradient(config), per_pass, strict=True))
+    return sum(times * flops for times, flops in zip(gradient_cost(config), per_pass, strict=True))
 
 
 def measure_decode(vae, size, device):
-    policy = SimpleNamespace(vae=vae)
+    policy = SimpleNamespace(vae=vae, vae_tf32=False)
     latents = torch.randn(1, *hunyuan.latent_shape(*size), device=device)
     seconds, peak = measured(lambda: hunyuan.HunyuanPolicy.decode(policy, latents), device)
     weights = sum(parameter.nbytes for parameter in vae.parameters())
@@ -165,7 +175,7 @@ def measure_all(device, sizes, architecture, vae_config, side):
 
     torch.manual_seed(0)
     with device:
-        vae = hunyuan.AutoencoderKLHunyuanVideo15.from_config(vae_config).requires_grad_(False)
+        vae = AutoencoderKLHunyuanVideo15.from_config(vae_config).requires_grad_(False)
     vae.enable_slicing()
     vae.enable_tiling()
     for name, size in sizes.items():
@@ -180,6 +190,7 @@ def measure_all(device, sizes, architecture, vae_config, side):
 
 
 def use_kernel(transformer, kernel):
+    kernels.use(kernel)
     for block in transformer.transformer_blocks:
         block.attn.set_processor(hunyuan.UnmaskedAttention([kernel]))
 
@@ -195,7 +206,7 @@ def markdown(rows):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and video")
+    parser.add_argument("--tiny", action="store_true", help="measure a tiny model and video")
     parser.add_argument("--out", type=Path, help="write the numbers to this file")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -214,7 +225,7 @@ def main(arguments=None):
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in row.items() if value is not None)
         print(f"{title}: {numbers} ({time.perf_counter() - started:.0f} s)", flush=True)
         if options.out:
-            options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+            options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     print(markdown(rows))
 
 

@@ -1,5 +1,5 @@
-"""The pictures of the ablation grid: Fig. 5, 7, 8 and Table 2 of the paper, on the toy. Bands and bars: 95% over
-seeds.
+"""The pictures of the ablation grid (Fig. 5, 7, 8 and Table 2 of the paper, on the toy) and of the miniature's arms.
+Bands and bars are 95% intervals over the seeds.
 """
 
 import matplotlib
@@ -9,26 +9,19 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+from engine.pictures import BLACK, BLUE, GREEN, ORANGE, RED, series  # noqa: E402
 from paper.claims import NAMES, interval  # noqa: E402
-from pictures import BLACK, BLUE, GREEN, ORANGE, RED  # noqa: E402
 from trust_region import KL_MODES  # noqa: E402
 
 # One colour, line and marker each, so that a picture also reads in grey.
 LOOKS = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (RED, "-.", "^"), (GREEN, ":", "D"), (BLACK, (0, (5, 1)), "v")]
 
 
-def series(logs, name):
-    """(iterations, [seeds, iterations]) of a logged number."""
-    iterations = [line["iteration"] for line in logs[0] if name in line]
-    values = [[line[name] for line in log if name in line] for log in logs]
-    return iterations, np.array(values)
-
-
 def band(axis, logs, name, look, text, marks=True):
-    """Mean over seeds as a line, its 95% interval as a band."""
+    """Draw the mean over seeds as a line and its 95% interval as a band."""
     colour, line, marker = look
-    iterations, values = series(logs, name)
-    mean, half = interval(values)
+    iterations, _ = series(logs[0], name)
+    mean, half = interval([series(log, name)[1] for log in logs])
     axis.fill_between(iterations, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
     axis.plot(iterations, mean, color=colour, ls=line, marker=marker if marks else None, ms=4, lw=1.6, label=text)
 
@@ -73,7 +66,7 @@ def kl_modes(logs, results, path):
 
 
 def tuning(results, path):
-    """Overall against λ_KL for each KL mode, both recipes: mean of the tuning seeds."""
+    """Overall against λ_KL for each KL mode in both recipes, on the mean of the tuning seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for axis, steps in zip(axes, (1, 9), strict=True):
         for mode, (colour, line, marker) in zip(KL_MODES[1:], LOOKS[1:], strict=True):
@@ -92,6 +85,7 @@ def schedules(logs, path):
         "two-stage": "schedule,two_stage",
         "ramp": "schedule,ramp",
         "milder": "schedule,milder",
+        "controller": "schedule,controller,1e-5",
     }
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for (text, row), look in zip(rows.items(), LOOKS, strict=False):
@@ -125,27 +119,36 @@ def table_2(results, path):
     finish(figure, axes.flat, path, axes[0, :1])
 
 
-def reward_per_pass(arms, passes, path):
-    """Gain of each arm of the miniature, and the same for each 100 passes. arms: {arm: {seed: run}}; bars: 95% over
-    seeds. The arm with the fewest passes stands at the top.
-    """
-    order = sorted(arms, key=lambda arm: (-passes[arm], list(arms).index(arm)))
-    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.3 * len(order)), sharey=True, layout="constrained")
-    for place, arm in enumerate(order):
-        gains = np.array([run["after"] - run["before"] for run in arms[arm].values()])
-        colour = BLUE if arm == "short run" else BLACK
-        for axis, numbers in zip(axes, (gains, 100 * gains / passes[arm]), strict=True):
+def reward_per_flop(rows, path):
+    """What each arm of the miniature gained, in all and per TFLOP. rows: those of claims.ranked_arms, from the top."""
+    rows = rows[::-1]  # an axis counts from below
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.3 * len(rows)), sharey=True, layout="constrained")
+    for place, row in enumerate(rows):
+        gains = np.array([run["after"] - run["before"] for run in row.runs])
+        colour = BLUE if row.arm == "short run" else ORANGE if "trained" in row.arm else BLACK
+        for axis, numbers in zip(axes, (gains, gains / row.tflop), strict=True):
             mean, half = interval(numbers)
-            axis.errorbar(mean, place, xerr=half, color=colour, marker="o", ms=5, capsize=3)
-    for axis, unit in zip(axes, ("", ", for each 100 passes"), strict=True):
+            # The interval of two seeds is wider than the picture, so their two runs are drawn instead.
+            if len(gains) > 2:
+                axis.errorbar(mean, place, xerr=half, color=colour, marker="o", ms=5, capsize=3)
+            else:
+                axis.plot(numbers, [place] * len(gains), color=colour, marker="x", ls="none", ms=6)
+    for axis, unit in zip(axes, ("", " per TFLOP"), strict=True):
         axis.set_xlabel(f"gain in reward{unit}")
         axis.axvline(0, color=BLACK, lw=0.8)
-    axes[0].set_yticks(range(len(order)), [f"{arm}: {passes[arm]:.0f} passes" for arm in order])
+    axes[0].set_yticks(range(len(rows)), [f"{row.arm}: {row.tflop:.2f} TFLOP" for row in rows])
+    axes[0].set_ylim(-0.7, len(rows) - 0.3)
+    for axis in axes:
+        axis.axhspan(-0.7, sum(row.elsewhere for row in rows) - 0.5, color="0.93")
+    axes[1].plot([], [], color=BLUE, marker="o", label="the short run, which all are compared with")
+    axes[1].plot([], [], color=ORANGE, marker="o", label="trains only some samples of each group")
+    axes[1].fill_between([], [], color="0.93", label="another guidance, so another reward to start from")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     finish(figure, axes, path, [])
 
 
 def ablation_pictures(logs, results, folder):
-    """All of them. logs(row) -> the logs of a row, one per seed."""
+    """Draw all pictures of the grid. logs(row) -> the logs of a row, one per seed."""
     folder.mkdir(exist_ok=True)
     equalizer(logs, folder / "fig5_equalizer.png")
     schedules(logs, folder / "fig7_schedules.png")
