@@ -1,6 +1,7 @@
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, whatever the machine has
+os.environ["HF_HUB_OFFLINE"] = "1"  # and about what is here, in each process
 # Each worker of pytest-xdist has a core; matrices this small lose time to a second thread. Processes that a test starts
 # inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -9,12 +10,12 @@ import torch
 from hypothesis import settings
 
 import ranks
-import train
+from video.numerics import settle_vector_math
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
-train.settle_vector_math()
+settle_vector_math()
 ranks.obey_cpu_capability()
 
 LONGEST = ("test_ranks.py", "test_miniature.py", "test_rank_failures.py", "test_checkpoint.py")
@@ -22,4 +23,5 @@ LONGEST = ("test_ranks.py", "test_miniature.py", "test_rank_failures.py", "test_
 
 def pytest_collection_modifyitems(items):
     """The longest files first: a worker takes one file after another, and none should begin a long one at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))

@@ -1,4 +1,4 @@
-"""Run by test_ranks.py under torch.distributed.run: the arguments of several train.py runs, separated by `/`.
+"""What each rank of test_ranks.py does: several runs of train.py, one after another.
 
 `muon-step FILE` in place of a run: one step of Muon on matrices whose gradients have full rank; see muon_step.
 `host-memory SMALL MODEL FOLDER`: what loading a model costs; see host_memory.
@@ -8,9 +8,9 @@ batches of other shapes, a matrix product then rounds its last bits otherwise, a
 goes to the other one, and a reward model turns that into a difference of 1e-3. What is compared here is the algorithm.
 """
 
+import ctypes
 import os
 import re
-import sys
 import threading
 from contextlib import ExitStack
 from functools import partial
@@ -24,7 +24,8 @@ from torch.distributed.fsdp import fully_shard
 
 import grpo
 import train
-from config import Config
+from engine import build, pictures
+from engine.config import Config
 
 FAILED_PLACE = 2  # the sample that fails in runs whose name says so, by its place among all ranks' samples
 
@@ -41,8 +42,8 @@ def rewards_by_place(config, steps_made, first, videos, prompts):
 
 def collect_with_rewards_by_place(policy, reward, prompts, sde, generators, config, steps_made, ranks, callback):
     """grpo.collect with that table in place of the reward model."""
-    by_place = partial(rewards_by_place, config, steps_made, ranks.rank * config.batch_size)
-    return grpo.collect(policy, by_place, prompts, sde, generators, config, steps_made, ranks, callback)
+    reward.reward = partial(rewards_by_place, config, steps_made, ranks.dp_rank * config.batch_size)
+    return grpo.collect(policy, reward, prompts, sde, generators, config, steps_made, ranks, callback)
 
 
 class Layers(torch.nn.Module):
@@ -92,19 +93,21 @@ def muon_step(file, world=1, rank=0):
 
 def anonymous_memory():
     """Bytes of this process without the pages of files, which the system may drop."""
-    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     return 1024 * int(kilobytes)
 
 
-def host_memory(small, model, folder, rank, mesh):
+def host_memory(small, model, folder):
     """Write how much more memory this rank takes, at most, while it loads and shards the model's transformer.
 
     The small model comes first, so that what PyTorch itself allocates at a first time does not count.
     """
-    import hunyuan
+    from video import hunyuan
 
-    shape = hunyuan.latent_shape(5, 64, 48)
+    mesh = dist.init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    rank, shape = dist.get_rank(), hunyuan.latent_shape(5, 64, 48)
     hunyuan.load(small, shape, Path(folder) / "cache", mesh=mesh)
+    ctypes.CDLL(None).malloc_trim(0)  # else it is first given pages that this process has freed, which count already
     before, done, seen = anonymous_memory(), threading.Event(), []
 
     def watch():
@@ -116,7 +119,7 @@ def host_memory(small, model, folder, rank, mesh):
     policy = hunyuan.load(model, shape, Path(folder) / "cache", mesh=mesh)
     done.set()
     watcher.join()
-    (Path(folder) / f"memory-{rank}").write_text(str(max(seen) - before))
+    (Path(folder) / f"memory-{rank}").write_text(str(max(seen) - before), encoding="utf-8")
     state = get_model_state_dict(policy.module, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         torch.save(state, Path(folder) / "loaded.pt")
@@ -128,49 +131,38 @@ def obey_cpu_capability():
     On a CPU with AMX, the flash kernel of torch 2.13 packs bf16 for AVX-512 whatever that variable allows, and fails.
     """
     if "ATEN_CPU_CAPABILITY" in os.environ:
-        import hunyuan
+        from video.kernels import KERNELS
 
         torch.backends.cuda.enable_flash_sdp(False)  # despite its name it is for CPUs, too
-        del hunyuan.KERNELS["flash"]
+        KERNELS["flash"] = KERNELS["math"]
 
 
 def compare(run):
     """One run. Those in bf16 make videos, score and draw them. Of the others the training alone is compared."""
-    import hunyuan  # here, since conftest.py imports this file for all tests, those of the paper's rooms among them
+    from video import (
+        hunyuan,  # here, since conftest.py imports this file for all tests, those of the paper's rooms among them
+    )
 
     with ExitStack() as stack:
         if not any("bf16" in argument for argument in run):
             for replaced in (
                 patch.object(hunyuan.HunyuanPolicy, "decode", lambda policy, latents: latents),
-                patch.object(train, "build_reward", lambda *arguments: (None, None)),
+                patch.object(build, "build_reward", lambda *arguments: (None, None)),
                 patch.object(train, "run_evaluation", lambda *arguments: {}),
-                patch.object(train.pictures, "report", lambda *arguments: None),
+                patch.object(pictures, "report", lambda *arguments: None),
             ):
                 stack.enter_context(replaced)
         train.main(run)
 
 
-def main(arguments):
-    torch.set_num_threads(1)
-    obey_cpu_capability()
+def main(runs):
+    """Several runs of this rank, one after another; each is a list of train.py's arguments."""
     train.collect = collect_with_rewards_by_place
-    runs = [[]]
-    for argument in arguments:
-        if argument == "/":
-            runs.append([])
-        else:
-            runs[-1].append(argument)
     for run in runs:
         if run[0] == "muon-step":
             dist.init_process_group("gloo")
             muon_step(run[1], dist.get_world_size(), dist.get_rank())
         elif run[0] == "host-memory":
-            host_memory(*run[1:], dist.get_rank(), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+            host_memory(*run[1:])
         else:
             compare(run)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
-    if dist.is_initialized():
-        dist.destroy_process_group()

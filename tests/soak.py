@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint  # noqa: E402
 import train  # noqa: E402
+from engine.folder import Log  # noqa: E402
 
 SMALL = ["--batch_size", "8", "--micro_batch", "8", "--group_size", "4", "--num_steps", "4", "--eval_steps", "4"]
 SMALL += ["--checkpoint_every", "50", "--eval_every", "1000000"]
@@ -28,13 +28,13 @@ WARM_UP = 0.1  # share of the iterations before memory is fitted
 
 
 def resident_mib():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def watch_the_log(seconds, memory):
     """Note the time of each line of the log, and the memory after it."""
-    append = checkpoint.Log.append
+    append = Log.append
 
     def noted(log, line):
         started = time.perf_counter()
@@ -42,7 +42,7 @@ def watch_the_log(seconds, memory):
         seconds.append(time.perf_counter() - started)
         memory.append(resident_mib())
 
-    checkpoint.Log.append = noted
+    Log.append = noted
 
 
 def main():

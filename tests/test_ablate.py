@@ -1,7 +1,8 @@
-"""The ablation grid, its claims and verdicts, and the tables of RESULTS.md against results.json."""
+"""The ablation grid, its claims and verdicts, and the tables of the pages against results.json."""
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 import train
+from engine.config import parse
+from paper import ablate, claims, plots
 from sde import SDE, sigma_schedule
-from paper import ablate, claims
 from toy import world
 
 ROOT = Path(train.__file__).parent
@@ -25,7 +27,7 @@ def test_every_row_is_a_valid_run_and_every_claim_names_rows_of_the_grid():
     rows = ablate.grid(some_best())
     for name, settings in rows.items():
         ablate.config(settings).check(ranks=1)
-        assert train.parse(ablate.as_options(ablate.config(settings)))[0] == ablate.config(settings), name
+        assert parse(ablate.as_options(ablate.config(settings)))[0] == ablate.config(settings), name
     for claim in claims.CLAIMS:
         for a, b in claim.pairs:
             assert a in rows and (b is None or b in rows), claim.text
@@ -65,6 +67,17 @@ def test_interval_covers_the_truth_as_often_as_it_says():
         claims.interval([1.0])
 
 
+def test_a_band_is_the_mean_over_seeds_and_its_interval():
+    logs = [[{"iteration": 0, "x": x}, {"iteration": 1}, {"iteration": 2, "x": 2 * x}] for x in (1.0, 2.0, 3.0)]
+    figure, axis = plots.plt.subplots()
+    plots.band(axis, logs, "x", plots.LOOKS[0], "text")
+    half = claims.STUDENT[2] * 1.0 / 3**0.5  # a std of 1 over three seeds, and of 2 later
+    edges = axis.collections[0].get_paths()[0].vertices[:, 1]
+    plots.plt.close(figure)
+    assert axis.lines[0].get_xydata().tolist() == [[0, 2], [2, 4]]
+    assert (edges.min(), edges.max()) == pytest.approx((4 - 2 * half, 4 + 2 * half))
+
+
 def test_verdicts():
     table = {"a": {"x": [1.0, 1.1, 1.2]}, "b": {"x": [0.5, 0.6, 0.7]}, "c": {"x": [0.9, 1.2, 1.15]}}
     cases = [
@@ -80,6 +93,35 @@ def test_verdicts():
         assert entry["mean"] == pytest.approx(own_sign, abs=1e-4)
     with pytest.raises(KeyError):
         claims.judge(table, [claims.Claim("", "", (("a", "missing"),), "x")])
+
+
+def test_every_claim_is_in_one_table_and_the_first_page_has_the_decided_ones():
+    results = json.loads((ROOT / "results.json").read_text(encoding="utf-8"))
+    tables = claims.tables(results)
+    names = ("claims of the paper", "our own options")
+    decided, undecided = [], []
+    for name in names:
+        decided += tables[name].splitlines()[2:]
+        undecided += tables[f"{name}, undecided"].splitlines()[2:]
+    assert len(decided) + len(undecided) == len(results["claims"]) == len(claims.CLAIMS)
+    assert all("cannot be seen" not in line for line in decided)
+    assert all("| cannot be seen |" in line for line in undecided)
+    assert tables["counts"].startswith(f"The toy has {len(claims.CLAIMS)} such intervals, the miniature 8.")
+
+
+def test_what_trains_the_extremes_is_compared_with_all_of_its_own_groups():
+    """Two seeds of groups of 4: .10 and .12 more than all of them, so .11 ± 12.706 · .01."""
+    run = {"VQ": 0.6, "distance": 0.1}
+    runs = {
+        "all 16": {"0": run | {"after": 0.5}, "1": run | {"after": 0.5}},
+        "G 4": {"0": run | {"after": 0.6}, "1": run | {"after": 0.7}},
+        "G 4, 2 trained": {"1": run | {"after": 0.82}, "0": run | {"after": 0.7}},
+        "8 of 16, λ .15": {"1": run | {"after": 0.52}, "0": run | {"after": 0.5}, "2": run | {"after": 0.9}},
+    }
+    shown = claims.extremes_table(runs)
+    assert "| all 16 | 0.500 | – | 0.600 | 0.100 |" in shown and "| G 4 | 0.650 | – |" in shown
+    assert "| G 4, 2 trained | 0.760 | +0.110 ± 0.127 |" in shown
+    assert "| 8 of 16, λ .15 | 0.640 | +0.010 ± 0.127 |" in shown  # over the two seeds that both have
 
 
 def test_agreement_counts_the_signs_of_decided_claims():
@@ -137,18 +179,30 @@ def test_results_are_written_one_row_a_line_and_read_back(tmp_path):
     assert json.loads(text) == results and len(text.splitlines()) == 11
 
 
-def test_tables_are_put_in_their_places(tmp_path):
-    page = tmp_path / "RESULTS.md"
-    page.write_text("before\n<!-- table: correlations -->\nold\n<!-- end -->\nafter\n")
-    with pytest.raises(ValueError, match="one place for each table: got 0 for 'claims of the paper'"):
-        claims.write_tables(json.loads((ROOT / "results.json").read_text()), page)
+def test_tables_are_put_in_their_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "tables", lambda results: {"first": results["first"], "second": results["second"]})
+    results, pages = {"first": "1", "second": "2"}, (tmp_path / "a.md", tmp_path / "b.md")
+    place = "before\n<!-- table: {} -->\nold\n<!-- end -->\nafter\n"
+    for page, name in zip(pages, ("second", "first"), strict=True):
+        page.write_text(place.format(name), encoding="utf-8")
+    claims.write_tables(results, pages)
+    assert pages[0].read_text() == place.format("second").replace("old", "2")
+    assert pages[1].read_text() == place.format("first").replace("old", "1")
+    with pytest.raises(ValueError, match="one place for each table: got 0 for 'first'"):
+        claims.write_tables(results, pages[:1])
+    pages[0].write_text(place.format("first"), encoding="utf-8")
+    with pytest.raises(ValueError, match="one place for each table: got 2 for 'first'"):
+        claims.write_tables(results, pages)
 
 
-def test_tables_of_the_results_page_are_those_of_results_json():
-    results, page = json.loads((ROOT / "results.json").read_text()), (ROOT / "RESULTS.md").read_text()
+def test_tables_of_the_pages_are_those_of_results_json():
+    results = json.loads((ROOT / "results.json").read_text(encoding="utf-8"))
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in claims.PAGES)
     assert results["claims"] == claims.judge(results["rows"], claims.CLAIMS)
-    for name, table in claims.tables(results).items():
-        assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in page
+    tables = claims.tables(results)
+    for name, table in tables.items():
+        assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in text
+    assert sorted(re.findall("<!-- table: (.+) -->", text)) == sorted(tables)
     assert len(results["seeds"]) >= 5
     best = {
         name: max(tried, key=lambda entry: np.mean(entry["Overall"]))["settings"]

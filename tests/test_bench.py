@@ -6,10 +6,12 @@ from functools import partial
 
 import pytest
 
-import hunyuan
+from engine.plan import pass_flops
 from paper import bench, gpu
 from paper.ablate import write_results
+from paper.rehearsal import HALVED, SHORT
 from tiny.hunyuan import tiny_transformer
+from video import hunyuan
 
 
 def test_ratios_of_steps_and_files_are_finite(tmp_path):
@@ -39,15 +41,23 @@ def test_our_order_of_passes_costs_what_the_released_one_does_and_the_options_le
     assert all_three < conditional < 0.8 < min(attention, fewer_kl) and max(attention, fewer_kl) < ours
 
 
-def test_the_picture_of_reward_per_pass(tmp_path, monkeypatch, capsys):
+def test_the_picture_of_reward_per_flop(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_results(tmp_path / "results.json", {"seeds": [0]})
     assert bench.bench_reward(tmp_path) == {} and "no picture" in capsys.readouterr().out
-    seeds = {"0": {"before": 0.5, "after": 0.55}, "1": {"before": 0.5, "after": 0.56}}
-    arms = {"short run": {"seeds": seeds}, "gradient through the conditional branch alone": {"seeds": seeds}}
+    run = {"before": 0.5, "VQ": 0.4, "MQ": 0.4, "TA": 1.0, "distance": 0.1}
+    seeds = {"0": {**run, "after": 0.55}, "1": {**run, "after": 0.56}}
+    three = {**seeds, "2": {**run, "after": 0.57}}
+    arms = {
+        "short run": {"options": SHORT, "seeds": three},
+        "2 ranks": {"options": SHORT, "seeds": three},
+        "halved passes": {"options": [*SHORT, *HALVED], "seeds": seeds},
+        "one seed": {"options": SHORT, "seeds": {"0": seeds["0"]}},
+    }
     write_results(tmp_path / "results.json", {"seeds": [0], "rehearsal": arms})
-    passes = bench.bench_reward(tmp_path, tmp_path / "picture.png")
-    assert len(passes) == 2 and max(passes.values()) > 1.3 * min(passes.values())
+    tflop = bench.bench_reward(tmp_path, tmp_path / "picture.png")
+    assert list(tflop) == ["TFLOP of a run, halved passes", "TFLOP of a run, short run"]
+    assert 1.7 < tflop["TFLOP of a run, short run"] / tflop["TFLOP of a run, halved passes"] < 2
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
@@ -59,7 +69,7 @@ def test_the_measurements_of_a_gpu_on_a_tiny_model(monkeypatch, capsys, tmp_path
     others = ["attention's output kept", "full training of 1 blocks", "VAE", "compiled"]
     assert kinds == ["flash", "math", *others]
     matrices, row, *_, vae, _ = rows.values()
-    per_pass = sum(hunyuan.pass_flops(hunyuan.token_count(5, 64, 64), tiny_transformer().config))
+    per_pass = sum(pass_flops(hunyuan.token_count(5, 64, 64), tiny_transformer().config))
     assert matrices["TFLOP/s"] > 0 and vae["decode seconds"] > 0
     assert row["share forward"] * matrices["TFLOP/s"] * row["forward seconds"] == pytest.approx(per_pass / 1e12)
     assert row["peak GiB"] is None and row["computed GiB"] > 0

@@ -54,6 +54,14 @@ def test_printed_spread_of_the_paper_schedule():
         assert (norms.max() / norms.min()).item() == pytest.approx(spread, rel=0.01)
 
 
+@pytest.mark.parametrize("T, numerator, of_all_steps", [(6, 0.226, 0.126), (10, 0.197, 0.142)])
+def test_deterministic_steps_do_not_drag_the_median_down(T, numerator, of_all_steps):
+    sde = SDE("sage_grpo", 0.5, sigma_schedule(T), noisy_last_step=False)
+    norms = gradient_norms(sde)
+    assert (equalizer_scales(sde) * norms)[0].item() == pytest.approx(numerator, abs=6e-4)
+    assert norms.median().item() == pytest.approx(of_all_steps, abs=6e-4)  # with the last one's 0 among them
+
+
 def test_scales_use_the_lower_median_of_the_stochastic_steps():
     sde = SDE("sage_grpo", 0.5, sigma_schedule(5), noisy_last_step=False)  # four steps, so two are in the middle
     norms, scales = gradient_norms(sde), equalizer_scales(sde)

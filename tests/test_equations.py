@@ -8,6 +8,7 @@ import importlib
 import re
 from pathlib import Path
 
+import mutants
 import pytest
 
 import equalizer
@@ -15,6 +16,7 @@ import grpo
 import rewards
 import sde
 import trust_region
+from paper import annotate
 from toy import walk
 
 ROOT = Path(sde.__file__).parent
@@ -26,7 +28,7 @@ ROOMS = (sde, equalizer, rewards, trust_region, grpo)  # the modules that hold t
 def sections(text):
     """{number: body} of the sections "### Eq. n · title"; a body ends at the next heading."""
     found = {}
-    for part in re.split(r"^#+ ", text, flags=re.M):
+    for part in re.split(r"^#{2,} ", text, flags=re.M):
         heading = re.match(r"Eq\. (\d+) · ", part)
         if heading:
             found[int(heading[1])] = part
@@ -77,7 +79,7 @@ def missing_sections(text):
     return sorted(set(range(1, 17)) - sections(text).keys())
 
 
-def sections_without_formula_code_or_proof(text):
+def sections_without_formula_code_or_test(text):
     faults = []
     for number, body in sections(text).items():
         if "```math" not in body or not code_links(body) or not named_tests(body):
@@ -87,7 +89,7 @@ def sections_without_formula_code_or_proof(text):
 
 def broken_links(text):
     faults = []
-    for target in re.findall(r"\]\(([^)]+)\)", text):
+    for target in re.findall(r"\]\(([^)#]+)", text):  # places within a page: tests/test_readme.py
         if not target.startswith("https://") and not (ROOT / target).is_file():
             faults.append(target)
     return faults
@@ -153,7 +155,7 @@ def letters_of_sde():
 
 CHECKS = (
     missing_sections,
-    sections_without_formula_code_or_proof,
+    sections_without_formula_code_or_test,
     broken_links,
     missing_functions,
     missing_tests,
@@ -171,7 +173,7 @@ def test_the_page_has_no_fault(check):
     "check, before, after",
     [
         (missing_sections, "### Eq. 9 ·", "### Equation nine ·"),
-        (sections_without_formula_code_or_proof, "[equalizer.py: equalizer_scales](equalizer.py)", "equalizer_scales"),
+        (sections_without_formula_code_or_test, "[equalizer.py: gradient_norms](equalizer.py)", "gradient_norms"),
         (broken_links, "](rewards.py)", "](reward.py)"),
         (missing_functions, "sde.py: SDE.transition]", "sde.py: SDE.transitions]"),
         (missing_functions, "[sde.py: score](sde.py)", "[sde.py: score](grpo.py)"),
@@ -196,6 +198,47 @@ def test_symbols_are_those_of_sde_and_each_stands_once():
     assert len(letters) == len(set(letters))
     assert len(letters_of_sde()) > 20
     assert set(letters_of_sde()) <= set(letters)
+
+
+# ---------------------------------------------------------------------------------------------- code on the page
+def test_the_code_on_the_page_is_that_of_the_source():
+    blocks = {f"{block['file']}: {block['name']}" for block in annotate.BLOCK.finditer(TEXT)}
+    assert len(blocks) > 20 and annotate.stale_blocks(TEXT) == []
+    for name, number in documented_equations():
+        file, _, function = name.partition(".")
+        assert f"{file}.py: {function}" in blocks, f"Eq. {number} shows no code of {name}"
+
+
+def test_a_stale_block_is_named_and_renewed():
+    stale = TEXT.replace("    return x - sigma * v\n", "    return x - (1 - sigma) * v\n")
+    assert annotate.stale_blocks(stale) == ["sde.py: predict_x0"]
+    assert annotate.annotated(stale) == TEXT
+
+
+def test_the_numbers_on_the_page_are_those_of_the_walk(capsys):
+    assert walk.main([]) == 0
+    printed = capsys.readouterr().out
+    lines = re.findall(r"^- \*\*Check\*\* (.*)$", TEXT, flags=re.M)
+    numbers = [number for line in lines for number in re.findall(r"\d+\.\d{2,}", line)]
+    assert len(lines) >= 10 and len(numbers) >= 12
+    assert [number for number in numbers if number not in printed] == []
+
+
+def test_every_linked_function_has_a_mutant():
+    """`python tests/mutants.py` breaks each of them, and shows that the tests beside it notice."""
+    covered = set()
+    for function, before, after, where in mutants.MUTANTS:
+        source = (ROOT / function.split(":")[0]).read_text(encoding="utf-8")
+        assert source.count(before) == 1 and before != after, (function, before)
+        covered |= {(heading, function) for heading in mutants.watchers(function, where)}
+    assert covered == mutants.linked()
+
+
+def test_a_mutant_is_noticed_by_the_test_beside_it():
+    (mutant,) = [mutant for mutant in mutants.MUTANTS if mutant[0] == "rewards.py: composite_reward"]
+    function, before, after, where = mutant
+    (tests,) = mutants.watchers(function, where).values()
+    assert mutants.failing_tests("rewards.py", before, after, tests) == set(tests)
 
 
 # ---------------------------------------------------------------------------------------------- the walk

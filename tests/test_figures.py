@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import equalizer
 import grpo
 import rewards
 import sde
-import train
 import trust_region
+from engine import draws
 from paper import figures
 from sde import SDE, predict_x0, sigma_schedule
 from toy import world
@@ -67,6 +68,19 @@ def test_marginal_errors_of_short_schedules_by_hand():
 def test_slope_of_a_power_law():
     errors = [3.0 * steps**-2 for steps in figures.LENGTHS]
     assert figures.last_slope(errors) == pytest.approx(-2)
+    errors[-5] = 1e3  # of the last four points alone, and of all four
+    assert figures.last_slope(errors) == pytest.approx(-2)
+    errors[-4] = 1e3
+    assert figures.last_slope(errors) < -3
+
+
+def test_curves_of_errors_are_those_of_their_sampler(monkeypatch):
+    """N(0, 1) data at η = 1: the erratum's score ends 35% and 52% too wide; Flow-GRPO's worst step stalls at 15%."""
+    monkeypatch.setattr(figures, "LENGTHS", [20, 50])
+    last, _ = figures.error_curves(figures.ERRATUM, eta=1.0)
+    assert last == pytest.approx([0.35, 0.52], abs=0.005)
+    last, worst = figures.error_curves("flow_grpo", eta=1.0)
+    assert last == pytest.approx([0.073, 0.030], abs=0.001) and worst == pytest.approx([0.172, 0.155], abs=0.001)
 
 
 def test_energy_off_the_arc_and_along_it():
@@ -110,7 +124,7 @@ def test_measured_norms_follow_eq_8_and_the_equalizer_flattens_them():
 # ------------------------------------------------------------------------------------------------ the diagram
 def test_the_diagram_names_functions_that_exist():
     owners = {
-        "train": train,
+        "draws": draws,
         "sde": sde,
         "rewards": rewards,
         "equalizer": equalizer,
@@ -145,10 +159,13 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
     folder = tmp_path / "run"
     folder.mkdir()
-    settings = {"model": "toy", "iterations": 2, "eval_noises": 2}
+    settings = {"model": "toy", "iterations": 2, "eval_noises": 2, "clip_range": 1e-4}
     (folder / "config.json").write_text(json.dumps(settings))
     scores = {"eval_reward": 0.5, "eval_VQ": 0.6, "eval_MQ": 0.3, "eval_TA": 0.6, "eval_distance": 0.1}
-    log = [{"iteration": 0} | scores, {"iteration": 1}, {"iteration": 2} | scores | {"eval_reward": 0.75}]
+    names = ("kl_position", "kl_velocity", "ratio_min", "ratio_max", "ratio_mean", "VQ_mean", "MQ_mean", "TA_mean")
+    made = dict.fromkeys((*names, "reward_mean"), 0.0) | {"lambda_kl": 0.1, "grad_norm": 0.01}
+    last = {"iteration": 2, **scores, **made, "eval_reward": 0.75, "eval_VQ": 0.5}
+    log = [{"iteration": 0} | scores, {"iteration": 1} | made, last]
     (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in log))
     prompts = np.repeat(world.PROMPTS, 2)
     for seed, name in enumerate(("samples_before.npy", "samples_after.npy")):
@@ -156,14 +173,23 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
-def test_pictures_of_a_finished_run(run):
+def test_pictures_of_a_finished_run(run, monkeypatch):
+    spy = Mock(wraps=figures.pictures.side_by_side)
+    monkeypatch.setattr(figures.pictures, "side_by_side", spy)
+    notes = Mock(wraps=figures.note)
+    monkeypatch.setattr(figures, "note", notes)
     figures.main(["--run", str(run)])
+    for videos, name in zip(spy.call_args.args[:2], ("samples_before.npy", "samples_after.npy"), strict=True):
+        assert np.array_equal(videos, np.load(run / name)[::2])  # the first of two noises
     movie = figures.FOLDER / "default_run.gif"
     with Image.open(movie) as opened:
         assert opened.n_frames == world.FRAMES and opened.width < 900
     assert movie.stat().st_size < 1.5e6
     with Image.open(figures.FOLDER / "default_run.png") as curves:
         assert curves.size == (900, 350)
+    assert (figures.FOLDER / "curves.png").stat().st_size > 0
+    peak = "VQ peaks at iteration 0\n(0.600) and ends at 0.500:"
+    assert notes.call_args_list[0].args[1].startswith(f"the reward rises; but {peak}")
     _, log = figures.read_run(run)
     assert figures.first_to_last(log, "eval_reward") == "0.500 → 0.750"
 

@@ -6,18 +6,27 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from diffusers import (
+    ClassifierFreeGuidance,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import hunyuan
-from grpo import GRPOConfig, collect, update
-from hunyuan import HunyuanPolicy, PromptEncoder, latent_shape, load, memory_estimate, meta_transformer, token_count
-from plan import CPU_ATTENTION
+from engine.config import Config
+from engine.trace import CPU_ATTENTION
+from grpo import collect, update
 from sde import SDE, rollout, sigma_schedule
 from tiny.hunyuan import build_tiny_hunyuan
+from video import files, hunyuan
+from video.files import export, meta_transformer
+from video.hunyuan import HunyuanPolicy, latent_shape, load, token_count
+from video.prompts import PromptEncoder
 
 FRAMES, HEIGHT, WIDTH = 5, 64, 48
 SHAPE = latent_shape(FRAMES, HEIGHT, WIDTH)
@@ -81,9 +90,9 @@ def trainable(policy):
     return {name: p for name, p in policy.module.named_parameters() if p.requires_grad}
 
 
-def gradients(policy, x, cond):
+def gradients(policy, x, cond, frozen=None):
     policy.module.zero_grad()
-    (policy.velocity(x, SIGMA, cond) * noise(*x.shape, seed=2)).sum().backward()
+    (policy.velocity(x, SIGMA, cond, frozen) * noise(*x.shape, seed=2)).sum().backward()
     return {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None}
 
 
@@ -99,11 +108,14 @@ def test_velocity_is_the_stock_denoiser_call(make, pipeline, monkeypatch):
     monkeypatch.setattr(pipeline.scheduler, "step", record)
     sample(pipeline, x, steps=2)
     assert len(calls) == 2
+    graphs = []
+    policy.module.register_forward_hook(lambda module, inputs, output: graphs.append(output[0].requires_grad))
     with torch.no_grad():
         for v_stock, t, latents in calls:
             v = policy.velocity(latents, (t / 1000).expand(2), cond)
             assert v.dtype == torch.float32 and (v - v_stock).abs().max() < 1e-5
         assert policy.passes == 2 * 2 * 2  # steps × samples × (conditional and unconditional)
+        assert graphs == [False] * 8  # neither branch keeps a graph
         policy.guidance_scale = 5.0  # the comparison above must be able to see guidance
         assert (policy.velocity(latents, (t / 1000).expand(2), cond) - v_stock).abs().max() > 1e-3
 
@@ -128,8 +140,16 @@ def test_decode_is_the_stock_decoder_for_a_batch(make, pipeline):
         decoded = pipeline.vae.decode(latent[None] / pipeline.vae.config.scaling_factor, return_dict=False)[0]
         stock = pipeline.video_processor.postprocess_video(decoded.detach(), output_type="pt")[0]
         assert (ours / 255 - stock).abs().max() <= 0.5 / 255 + 1e-4
+    assert policy.vae.use_tiling and policy.vae.use_slicing
     wide = policy.decode(noise(1, 32, 1, 1, 17))  # wider than one tile of 256 pixels
     assert wide.shape == (1, 1, 3, 16, 17 * 16)
+
+
+def test_a_vae_that_overflows_is_no_black_video(make):
+    policy, _, x = make()
+    policy.vae.decode = lambda scaled, return_dict: (torch.full((1, 3, 1, 8, 8), torch.inf),)
+    with pytest.raises(FloatingPointError, match="use --vae_dtype bfloat16 or float32"):
+        policy.decode(x)
 
 
 @torch.no_grad()
@@ -207,7 +227,7 @@ def test_no_attention_mask_over_the_video(make, pipeline, monkeypatch):
 @pytest.mark.parametrize("attention, found", [("auto", "flash"), ("flash", "flash"), ("math", "math")])
 def test_one_attention_kernel_with_and_without_a_gradient(make, attention, found):
     """On the CPU, which has two: the fused operator is called in both cases, or in neither."""
-    if found not in hunyuan.KERNELS:
+    if found == "flash" and not torch.backends.cuda.flash_sdp_enabled():
         pytest.skip("this process may not use it: see ranks.obey_cpu_capability")
     exact, cond, x = make()
     policy, _, _ = make(attention=attention)
@@ -277,14 +297,13 @@ def test_selective_checkpointing_saves_the_attention_alone(make, lora_rank):
     assert flops["none"] < flops["attention"] < 0.9 * flops["full"]
 
 
-# ------------------------------------------------------------------------------------------------ guidance's gradient
 def test_a_compiled_block_is_one_graph_whatever_the_length_of_the_text(make):
     """The first and the last block differ, so the two of them are two graphs; fullgraph raises at a break."""
     torch._dynamo.reset()
     counters.clear()
-    policy, cond, x = make()
+    policy, cond, x = make(guidance_scale=1.0)
     expected = gradients(policy, x, cond)
-    hunyuan.compile_blocks(policy.module, backend="aot_eager")  # the compiler of C++ would take a minute
+    hunyuan.compile_blocks(policy.module, backend="eager")  # a compiler would take a minute, and is not what is tested
     found = gradients(policy, x, cond)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     torch._dynamo.reset()
@@ -293,13 +312,18 @@ def test_a_compiled_block_is_one_graph_whatever_the_length_of_the_text(make):
         assert (found[name] - expected[name]).abs().max() < 1e-5 * largest, name
 
 
-def test_conditional_guidance_has_the_gradient_of_its_branch_alone(make):
+# ------------------------------------------------------------------------------------------------ guidance's gradient
+def test_a_frozen_branch_leaves_the_velocity_and_takes_its_gradient_away(make):
     policy, cond, x = make()
-    exact = policy.velocity(x, SIGMA, cond).detach()
+    assert policy.frozen_velocity(x, SIGMA, cond) is None  # both branches are trained
+    whole = policy.velocity(x, SIGMA, cond)
     policy.guidance_gradient, before = "conditional", policy.passes
-    assert torch.equal(policy.velocity(x, SIGMA, cond), exact) and policy.passes - before == 4
-    ours = gradients(policy, x, cond)
+    frozen = policy.frozen_velocity(x, SIGMA, cond)
+    assert not frozen.requires_grad and policy.passes - before == 2
+    assert torch.equal(policy.velocity(x, SIGMA, cond, frozen), whole) and policy.passes - before == 4
+    ours = gradients(policy, x, cond, frozen)
     policy.guidance_scale = 1.0  # v = v_cond; the gradient of the guided velocity is 6 times that one's
+    assert policy.frozen_velocity(x, SIGMA, cond) is None
     alone = gradients(policy, x, cond)
     assert ours.keys() == alone.keys()
     largest = max(gradient.norm() for gradient in alone.values())
@@ -311,7 +335,7 @@ def test_conditional_guidance_has_the_gradient_of_its_branch_alone(make):
 def test_the_rollouts_unconditional_branch_is_not_computed_again(make, optimizer_steps):
     """Until the first optimizer step; after it the branch is computed, without a gradient."""
     policy, _, _ = make(guidance_gradient="conditional", micro_batch=2)
-    config = GRPOConfig(batch_size=4, micro_batch=2, kl_mode="none", optimizer_steps=optimizer_steps, clip_range=1e-4)
+    config = Config(batch_size=4, micro_batch=2, kl_mode="none", optimizer_steps=optimizer_steps, clip_range=1e-4)
     sde, noises = SDE("sage_grpo", 0.5, sigma_schedule(2)), [torch.Generator().manual_seed(i) for i in range(4)]
 
     def reward(videos, prompts):
@@ -356,13 +380,31 @@ def test_lora_trains_float32_adapters_that_all_get_gradients(make):
     assert gradients(mixed, x, cond).keys() == adapters.keys()
 
 
-def test_lora_starts_the_same_everywhere_and_leaves_the_global_generator_alone(make):
+def test_lora_starts_by_its_seed_alone_and_leaves_the_global_generator_alone(make):
     state = torch.manual_seed(5).get_state()
     first = trainable(make(lora_rank=4)[0])
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     second = trainable(make(lora_rank=4)[0])
     assert all(torch.equal(first[name], second[name]) for name in first)
+    other = trainable(make(lora_rank=4, seed=1)[0])
+    assert all(torch.equal(first[name], other[name]) == ("lora_B" in name) for name in first)
+
+
+def test_lora_has_the_scale_the_places_and_the_first_weights_of_pefts_own(make):
+    policy, _, _ = make(lora_rank=4)
+    adapted = {}
+    for name, module in policy.module.named_modules():
+        if hasattr(module, "lora_A"):
+            adapted[re.sub(r"transformer_blocks\.", "", name)] = module
+    attention = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")]
+    of_video = [*attention, "ff.net.0.proj", "ff.net.2"]
+    of_text = ["attn.add_q_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"]
+    assert set(adapted) == {f"0.{name}" for name in of_video + of_text} | {f"1.{name}" for name in of_video}
+    for name, module in adapted.items():
+        assert module.scaling["default"] == 1, name
+        drawn = module.lora_A["default"].weight.abs().max().item()  # uniform within ±1/√in
+        assert 0.9 < drawn * module.in_features**0.5 <= 1, name
 
 
 # ------------------------------------------------------------------------------------------------ export and shards
@@ -381,7 +423,7 @@ def test_export_loads_in_stock_diffusers(make, folder, tmp_path, lora_rank):
     before = policy.velocity(x, SIGMA, cond)
     randomise(trainable(policy).values())
     after = policy.velocity(x, SIGMA, cond)
-    hunyuan.export(policy, tmp_path)
+    export(policy, tmp_path, shift=5.0)
     if lora_rank:
         stock = HunyuanVideo15Transformer3DModel.from_pretrained(folder, subfolder="transformer")
         stock.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
@@ -394,6 +436,23 @@ def test_export_loads_in_stock_diffusers(make, folder, tmp_path, lora_rank):
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
+def test_stock_diffusers_samples_from_an_export_as_the_run_does(make, folder, tmp_path):
+    """At another guidance and another shift than those of the model that the run began with."""
+    policy, cond, x = make(guidance_scale=2.0)
+    export(policy, tmp_path, shift=9.0)
+    pipeline = HunyuanVideo15Pipeline.from_pretrained(
+        folder,
+        transformer=HunyuanVideo15Transformer3DModel.from_pretrained(tmp_path),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler"),
+        guider=ClassifierFreeGuidance.from_pretrained(tmp_path, subfolder="guider"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    stock = sample(pipeline, x, 4)
+    ode = SDE("sage_grpo", 0.0, sigma_schedule(4, shift=9.0))
+    ours = rollout(lambda x, sigma: policy.velocity(x, sigma, cond), x, ode, torch.Generator()).states[:, -1]
+    assert (ours - stock).abs().max() < 1e-4 * stock.abs().max()
+
+
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # it returns a view: nothing writes into a velocity
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_sharded_policy_trains_and_exports_like_the_plain_one(make, mesh, tmp_path, lora_rank):
@@ -403,7 +462,7 @@ def test_sharded_policy_trains_and_exports_like_the_plain_one(make, mesh, tmp_pa
         found = gradients(policy, x, cond)
         assert all(isinstance(gradient, DTensor) == (name == "sharded") for gradient in found.values())
         torch.optim.SGD(trainable(policy).values(), lr=0.01).step()
-        hunyuan.export(policy, tmp_path / name)
+        export(policy, tmp_path / name, shift=5.0)
         (file,) = (tmp_path / name).glob("*.safetensors")
         exported[name] = load_file(file)
     torch.testing.assert_close(exported["sharded"], exported["plain"], rtol=0, atol=1e-6)
@@ -412,13 +471,27 @@ def test_sharded_policy_trains_and_exports_like_the_plain_one(make, mesh, tmp_pa
     )  # it moved
 
 
+@torch.no_grad()
+def test_shards_compute_in_bf16_and_keep_inputs_and_sums_in_float32(make, mesh):
+    exact, cond, x = make(guidance_scale=1.0)
+    policy, _, _ = make(guidance_scale=1.0, mesh=mesh, compute_dtype=torch.bfloat16)
+    wrapped = [module for module in policy.module.modules() if isinstance(module, FSDPModule)]
+    assert len(wrapped) == 1 + 2 + 1  # the root, its blocks, the refiner's
+    for module in wrapped:
+        rounding = module._get_fsdp_state()._mp_policy
+        assert rounding.param_dtype == torch.bfloat16 and rounding.reduce_dtype == torch.float32
+        assert rounding.cast_forward_inputs is False
+    v = exact.velocity(x, SIGMA, cond)
+    assert (policy.velocity(x, SIGMA, cond) - v).norm() / v.norm() < 0.012
+
+
 # ------------------------------------------------------------------------------------------------ prompt cache
 def test_cached_prompts_load_no_encoder(folder, cache, make, monkeypatch):
     def refuse(cls, model, name, **options):
         raise AssertionError(f"{name} was loaded")
 
     _, cond, _ = make()
-    monkeypatch.setattr(hunyuan, "load_component", refuse)
+    monkeypatch.setattr(files, "load_component", refuse)
     again = PromptEncoder(folder, cache, "cpu", torch.float32)(PROMPTS)
     assert all(torch.equal(a, b) for first, second in zip(cond, again) for a, b in zip(first, second))
     assert not list(cache.glob("*.tmp"))
@@ -453,32 +526,6 @@ def test_released_architecture_has_the_published_sizes():
     assert token_count(81, 352, 624) == 18_018 and token_count(81, 480, 864) == 34_020
 
 
-def test_memory_estimate_adds_up(make):
-    tokens, size = token_count(81, 480, 832), 8_326_608_160 / 2**30
-    full, lora = memory_estimate(tokens, gpus=8), memory_estimate(tokens, gpus=1, lora_rank=64)
-    assert full["weights"] == pytest.approx(4 * size / 8) and 0.95 * size < full["optimizer"] < size
-    assert full["anchor"] == full["gradients"] and memory_estimate(tokens, gpus=8, anchor_offload=True)["anchor"] == 0
-    assert 2 * size < lora["weights"] < 2.2 * size
-    muon = memory_estimate(tokens, gpus=8, muon=True)
-    assert 0.5 * full["optimizer"] < muon["optimizer"] < 0.6 * full["optimizer"]  # one moment for most weights
-    assert {name for name in full if muon[name] != full[name]} == {"optimizer"}
-    stored = (
-        2 * 2 * (tokens + 1256) * 2048 * 54 / 2**30
-    )  # one more sample stores one more input in every block and pass
-    assert memory_estimate(tokens, batch=2)["activations"] - memory_estimate(tokens)["activations"] == pytest.approx(
-        stored
-    )
-    one_branch = memory_estimate(tokens, branches=1)["activations"]
-    assert memory_estimate(tokens)["activations"] - one_branch == pytest.approx(stored / 2)
-    kept = memory_estimate(tokens, branches=1, checkpointing="attention")["activations"]
-    assert kept - one_branch == pytest.approx(stored / 2)  # an output of attention is as large as a block's input
-    for lora_rank in (0, 4):  # what is trained is counted right
-        policy, _, _ = make(lora_rank=lora_rank)
-        trained = sum(p.numel() for p in trainable(policy).values())
-        parts = memory_estimate(tokens, lora_rank=lora_rank, config=policy.module.config)
-        assert parts["gradients"] * 2**30 == pytest.approx(4 * trained)
-
-
 def test_bad_arguments_say_what_to_do(folder, cache, tmp_path, make):
     for size, message in (
         ((80, 480, 832), "4k \\+ 1"),
@@ -487,14 +534,6 @@ def test_bad_arguments_say_what_to_do(folder, cache, tmp_path, make):
     ):
         with pytest.raises(ValueError, match=message):
             token_count(*size)
-    with pytest.raises(FileNotFoundError, match="existing folder or a hub id"):
-        load(tmp_path / "nothing here", SHAPE, cache)
-    incomplete = shutil.copytree(folder, tmp_path / "incomplete", ignore=shutil.ignore_patterns("vae"))
-    with pytest.raises(FileNotFoundError, match="no vae"):
-        load(incomplete, SHAPE, cache)
-    (incomplete / "vae").mkdir()
-    with pytest.raises(FileNotFoundError, match="vae must hold config.json: it is missing"):
-        load(incomplete, SHAPE, cache)
     with pytest.raises(ValueError, match="compute_dtype"):
         load(folder, SHAPE, cache, compute_dtype=torch.float16)
     with pytest.raises(ValueError, match="lora_rank"):

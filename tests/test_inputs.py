@@ -1,4 +1,4 @@
-"""Bad inputs: one message with the rule, what arrived and how to mend it, and exit code 2, before anything is made.
+"""Bad inputs: one message with the rule, what arrived and how to fix it, and exit code 2, before anything is made.
 
 The tables have one row for each fault. Every fault is made for real: a command line, an edited config.json, or a
 damaged copy of a folder. Faults of prompt files are in test_prompts.py, those of single settings also in
@@ -18,17 +18,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5EncoderModel
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-import config as config_module
-import hunyuan
 import train
-import videoalign
-from config import PRESETS, Config, parse
-from hunyuan import PromptEncoder
+from engine import config as config_module
+from engine.config import Config, parse
+from engine.presets import PRESETS
 from tiny.hunyuan import build_tiny_hunyuan
 from tiny.videoalign import build_tiny_clip, build_tiny_template, build_tiny_videoalign
+from video import files, hunyuan, videoalign
+from video.files import load_network, model_words
+from video.prompts import PromptEncoder
 
 ROOT = Path(train.__file__).parent
 TOY_SETTINGS = dataclasses.asdict(Config(**PRESETS["toy"]))
@@ -58,7 +60,9 @@ def refused(tmp_path, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise AssertionError("weights were loaded, or ranks set up")
 
-    for module, name in ((hunyuan, "load_network"), (videoalign, "load_weights"), (train, "setup_ranks")):
+    for module, name in (
+        (hunyuan, "load_shards"), (hunyuan, "load_network"), (videoalign, "load_weights"), (train, "setup_ranks"),
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, fail)
 
     def message(*arguments):
@@ -90,16 +94,16 @@ def test_whole_folders_are_accepted(whole, tmp_path):
 # ---------------------------------------------------------------------------------------------- command lines
 OUT_OF_BOUNDS = {
     "eta": ("0", "1e-30", "1e30", "nan", "inf"),
-    "clip_range": ("inf", "1e-30"),
+    "clip_range": ("inf", "1e-30", "0", "-1", "nan"),
     "learning_rate": ("inf", "2", "nan"),
     "weight_decay": ("inf", "-1", "2"),
     "shift": ("0", "inf", "nan", "1e9"),
-    "kl_lambda": ("inf",),
+    "kl_lambda": ("inf", "-1"),
     "kl_lambda_early": ("1e30",),
-    "beta_pos": ("inf",),
-    "beta_vel": ("1e9",),
-    "max_advantage": ("inf",),
-    "max_grad_norm": ("inf",),
+    "beta_pos": ("inf", "-1"),
+    "beta_vel": ("1e9", "-1"),
+    "max_advantage": ("inf", "0"),
+    "max_grad_norm": ("inf", "0"),
     "num_steps": ("0", "100000"),
     "seed": ("-1", "9223372036854775808"),
     "iterations": ("0", "-5", "99999999999"),
@@ -108,13 +112,17 @@ OUT_OF_BOUNDS = {
     "eval_every": ("0",),
     "eval_steps": ("0", "5000"),
     "eval_noises": ("0",),
-    "batch_size": ("1000001",),
-    "micro_batch": ("99999999",),
-    "kl_switch": ("99999999999",),
+    "batch_size": ("1000001", "0"),
+    "micro_batch": ("99999999", "0"),
+    "kl_switch": ("99999999999", "-1"),
     "kl_steps": ("-1", "100000"),
     "sde_steps": ("-1", "100000"),
     "sde_share": ("0", "1.5", "nan"),
-    "ratio_tolerance": ("0", "inf"),
+    "group_size": ("1", "0"),
+    "optimizer_steps": ("0",),
+    "anchor_every": ("0",),
+    "max_failed_rewards": ("1", "nan", "-0.1"),
+    "reward_timeout": ("0", "inf"),
 }
 OUT_OF_VIDEO_BOUNDS = {
     "frames": ("1", "0", "-3", "4097"),
@@ -150,31 +158,26 @@ def test_numbers_of_a_video_out_of_bounds(refused, whole, tmp_path, name, value)
         ("--kl_mode=foo", "invalid choice: 'foo'"),
         ("--kl_schedule=", "invalid choice: ''"),
         ("--stepwise_kl=exact", "invalid choice: 'exact'"),
-        ("--reward_setting=C", "invalid choice: 'C'"),
+        ("--reward_weights=C", "reward_weights must be A or B, or a list such as VQ=0.5,MQ=0.5,TA=1: got 'C'"),
         ("--preset=", "invalid choice: ''"),
         ("--equalizer=no", "ignored explicit argument 'no'"),
-        ("--clip_range=-1", "clip_range must be positive: got -1.0"),
-        ("--clip_range=nan", "clip_range must be positive: got nan"),
-        ("--max_failed_rewards=nan", "max_failed_rewards is a share in [0, 1): got nan"),
-        ("--group_size=0", "group_size must be at least 2"),
-        ("--batch_size=0", "batch_size must be at least 1: got 0"),
-        ("--name=../x", "name must be one folder's name"),
+        ("--name=../x", "name must be a single folder name"),
         ("--name=a/b", "no / or \\"),
-        ("--name=/tmp/x", "name must be one folder's name"),
-        ("--name=..", "no dot in front"),
-        ("--name=.hidden", "no dot in front"),
+        ("--name=/tmp/x", "name must be a single folder name"),
+        ("--name=..", "no leading dot"),
+        ("--name=.hidden", "no leading dot"),
         ("--name=a\\b", "no / or \\"),
         ("--name=a ", "no space at its ends"),
         ("--name= ", "no space at its ends"),
         ("--name=" + "x" * 300, "at most 200 bytes"),
-        ("--name=a\nb", "name must be text without control characters: got 'a\\nb'"),
-        ("--name=a\x1b[31m", "name must be text without control characters"),
-        ("--name=\udcff", "name must be text without control characters: got '\\udcff'"),
-        ("--runs=", "runs must be a folder that is there or can be made: got none; name one"),
-        ("--runs=README.md", "README.md is no folder that this can be made in"),
-        ("--runs=README.md/runs", "README.md is no folder that this can be made in"),
-        ("--runs=" + "x" * 300, "runs must be a folder that is there or can be made"),
-        ("--export=", "--export writes what diffusers loads, so it needs --resume"),
+        ("--name=a\nb", "name must not contain characters that cannot be seen or written: got 'a\\nb'"),
+        ("--name=a\x1b[31m", "with the control character '\\x1b'; remove it"),
+        ("--name=\udcff", "got '\\udcff', with the lone surrogate (in an argument: a byte outside the locale's"),
+        ("--runs=", "runs must be a folder that exists or can be created: got none; give one"),
+        ("--runs=README.md", "README.md is not a folder in which it can be created"),
+        ("--runs=README.md/runs", "README.md is not a folder in which it can be created"),
+        ("--runs=" + "x" * 300, "runs must be a folder that exists or can be created"),
+        ("--export=", "--export writes a model for diffusers, so it needs --resume"),
         ("--gpu_memory_gb=0", "add --dry-run"),
         ("--gpus=0", "add --dry-run"),
     ],
@@ -188,7 +191,7 @@ def test_options_that_cannot_be(refused, tmp_path, monkeypatch, option, message)
 @pytest.mark.parametrize("option", ["gpus=-8", "gpus=0", "gpu_memory_gb=-1", "gpu_memory_gb=nan", "gpu_memory_gb=inf"])
 def test_machines_that_cannot_be_planned_for(refused, option):
     message = refused("--preset", "paper", "--dry-run", f"--{option}")
-    assert "must lie in [1, " in message and "name what one machine or GPU has" in message
+    assert "must lie in [1, " in message and "give what one machine or GPU has" in message
 
 
 def test_an_existing_run_is_refused_unless_torchrun_starts_its_ranks_again(refused, tmp_path, monkeypatch):
@@ -198,7 +201,7 @@ def test_an_existing_run_is_refused_unless_torchrun_starts_its_ranks_again(refus
         message = refused("--runs", str(tmp_path / "made"), "--name", name)
         run = tmp_path / "made" / name
         assert message == f"{run} exists; continue it with --resume {run}, or choose another --name"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")  # its first start may find the folder, too: open_run looks
     parse(["--runs", str(tmp_path / "made"), "--name", "old"])
 
 
@@ -215,7 +218,7 @@ def test_an_existing_run_is_refused_unless_torchrun_starts_its_ranks_again(refus
         ("pick_score", "one word", "the pick_score must be an existing folder or a hub id like openai/clip"),
         ("pick_score", "prompts", "must hold config.json: it is missing"),
         ("clip_score", "{videoalign}", 'must have "model_type": "clip": got \'qwen2_vl\''),
-        ("prompt_cache", "README.md", "prompt_cache must be a folder that is there or can be made"),
+        ("prompt_cache", "README.md", "prompt_cache must be a folder that exists or can be created"),
         ("prompts", "nowhere.txt", "the prompt file must exist: got nowhere.txt"),
         ("prompts", "prompts", "a prompt file must end in .txt, .csv or .jsonl: got prompts"),
         ("eval_prompts", "{repo}", "a prompt file must end in .txt, .csv or .jsonl"),
@@ -251,7 +254,7 @@ def test_prompts_are_checked_before_a_run(refused, whole, tmp_path, preset, prom
 # ---------------------------------------------------------------------------------------------- config.json
 def parse_settings(settings, monkeypatch):
     """(exit code, lines on stderr, config) where --resume finds these settings."""
-    monkeypatch.setattr(config_module, "resumed_config", lambda *arguments: Config(**settings))
+    monkeypatch.setattr(config_module, "read_settings", lambda *arguments: settings)
     shown = io.StringIO()
     with contextlib.redirect_stderr(shown):
         try:
@@ -279,8 +282,8 @@ def parse_settings(settings, monkeypatch):
         ("model", ["toy"], "model must be of type str: got ['toy']"),
         ("lora_rank", -4, "lora_rank must lie in [0, 4096]: got -4"),
         ("guidance_scale", -math.inf, "guidance_scale must lie in [0.1, 100]: got -inf"),
-        ("runs", "a\0b", "runs must be text without control characters"),
-        ("name", "../../x", "name must be one folder's name"),
+        ("runs", "a\0b", "runs must not contain characters that cannot be seen or written"),
+        ("name", "../../x", "name must be a single folder name"),
     ],
 )
 def test_edited_settings(monkeypatch, name, value, message):
@@ -408,6 +411,11 @@ def qwen_as_byt5(folder):
     shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
 
 
+def other_ids_of_byt5(folder):
+    shutil.rmtree(folder / "tokenizer_2")
+    ByT5Tokenizer(extra_ids=100).save_pretrained(folder / "tokenizer_2")
+
+
 TENSORS = "must hold exactly the tensors of its config.json: "
 MODEL_FAULTS = {
     "no transformer": (remove("transformer"), "must hold transformer, vae, tokenizer"),
@@ -432,14 +440,13 @@ MODEL_FAULTS = {
     "meanflow": (edit("transformer/config.json", use_meanflow=True), "got {'in_channels': 65"),
     "fewer layers": (edit("transformer/config.json", num_layers=1), "unexpected (transformer_blocks.1"),
     "more layers": (edit("transformer/config.json", num_layers=3), "missing (transformer_blocks.2"),
-    "endless layers": (edit("transformer/config.json", num_layers=10**9), "got 1000000000 layers"),
     "layers in words": (edit("transformer/config.json", num_layers="two"), "must describe a HunyuanVideo15Tr"),
     "width": (edit("transformer/config.json", attention_head_dim=32), "of another shape ("),
     "latents": (edit("vae/config.json", latent_channels=16), "must have {'latent_channels': 32"),
     "space": (edit("vae/config.json", spatial_compression_ratio=8), "'spatial_compression_ratio': 16"),
     "time": (edit("vae/config.json", temporal_compression_ratio=8), "'temporal_compression_ratio': 4"),
     "scale": (edit("vae/config.json", scaling_factor=0.0), "scaling_factor"),
-    "scale nan": (edit("vae/config.json", scaling_factor=math.nan), "scaling_factor"),
+    "scale nan": (edit("vae/config.json", scaling_factor=math.nan), "vae/config.json must be JSON: NaN is not JSON"),
     "scale in words": (edit("vae/config.json", scaling_factor="1"), "scaling_factor"),
     "no weights": (remove(f"transformer/{WEIGHTS}"), f"transformer must hold {WEIGHTS}: it is missing"),
     "weights cut": (cut(f"transformer/{WEIGHTS}", 0.5), "must be a whole safetensors file"),
@@ -468,10 +475,6 @@ MODEL_FAULTS = {
         shards(lambda folder, index: index["weight_map"].update({"proj_out.bias": "../../x.safetensors"})),
         "transformer must hold x.safetensors",
     ),
-    "an index with too few": (
-        shards(lambda folder, index: index["weight_map"].pop("proj_out.bias")),
-        "must list the tensors of its files: got 118 of 119",
-    ),
     "another width of text": (other_glyph_encoder, "the text encoders must have the widths (16, 16)"),
     "another vocabulary": (edit("text_encoder/config.json", vocab_size=511), "shape (embed_tokens.weight (512, 16))"),
     "empty tokenizer": (empty("tokenizer"), "tokenizer must hold tokenizer_config.json: it is missing"),
@@ -485,8 +488,38 @@ MODEL_FAULTS = {
         replace("tokenizer/chat_template.jinja", "{{ messages[-1].content }}"),
         "must give the system message the 108 tokens that the pipeline cuts off before a prompt: got 0",
     ),
-    "padding on the left": (edit("tokenizer/tokenizer_config.json", padding_side="left"), "pad on the right: got"),
+    "padding on the left": (
+        edit("tokenizer/tokenizer_config.json", padding_side="left"),
+        'must pad on the right: got \'left\'; set "padding_side": "right" in its tokenizer_config.json',
+    ),
     "a finer tokenizer": (without_merges, "must give the system message the 108 tokens"),
+    "other ids of ByT5": (other_ids_of_byt5, "tokenizer_2 must have the 384 ids of text_encoder_2: "),
+    "the whole VL model": (edit("text_encoder/config.json", model_type="qwen2_5_vl"), "save its language_model there"),
+    "a pointer": (
+        replace(f"vae/{WEIGHTS}", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
+        "is a Git LFS pointer to it; run `git lfs pull` in",
+    ),
+    "a variant": (
+        lambda folder: (folder / "vae" / WEIGHTS).rename(folder / "vae" / "diffusion_pytorch_model.fp16.safetensors"),
+        "it is missing; diffusion_pytorch_model.fp16.safetensors cannot take its place",
+    ),
+    "Tencent's layout": (
+        lambda folder: shutil.copytree(folder / "transformer", folder / "transformer" / "480p_t2v"),
+        "must have the layout of diffusers, not of Tencent's own code; take hunyuanvideo-community/",
+    ),
+    "no index": (remove("model_index.json"), "must hold model_index.json: it is missing"),
+    "no guider": (remove("guider"), "guider must hold guider_config.json: it is missing"),
+    "no scheduler": (remove("scheduler"), "scheduler must hold scheduler_config.json: it is missing"),
+    "image to video": (
+        edit("model_index.json", _class_name="HunyuanVideo15ImageToVideoPipeline"),
+        "the model must be text-to-video: ",
+    ),
+    "another pipeline": (edit("model_index.json", _class_name="WanPipeline"), "must have {'_class_name': 'HunyuanV"),
+    "another guider": (edit("guider/guider_config.json", _class_name="SkipLayerGuidance"), "'ClassifierFreeGuidance'"),
+    "rescaled guidance": (edit("guider/guider_config.json", guidance_rescale=0.7), "'guidance_rescale': 0.0"),
+    "another schedule": (edit("scheduler/scheduler_config.json", use_dynamic_shifting=True), "use_dynamic_shifting"),
+    "guidance in words": (edit("guider/guider_config.json", guidance_scale="6"), "must say its guidance_scale as a"),
+    "no shift": (edit("scheduler/scheduler_config.json", shift=None), "must say its shift as a number: got None"),
     "a tokenizer that is no ByT5": (qwen_as_byt5, "tokenizer_2 of"),
 }
 
@@ -496,6 +529,36 @@ def test_damaged_model_folders(refused, copy, tmp_path, fault):
     damage, message = MODEL_FAULTS[fault]
     damage(copy / "model")
     assert message in refused(*video_run(copy, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "file, value, message",
+    [
+        ("guider/guider_config.json", {"guidance_scale": 1.0}, "add --guidance_scale 1, or state the run's own"),
+        ("guider/guider_config.json", {"enabled": False}, "add --guidance_scale 1, or state the run's own"),
+        ("scheduler/scheduler_config.json", {"shift": 9.0}, "has shift 9 (scheduler/scheduler_config.json) where the "),
+    ],
+)
+def test_a_run_samples_as_its_model_unless_somebody_says_otherwise(refused, copy, tmp_path, file, value, message):
+    edit(file, **value)(copy / "model")
+    assert message in refused(*video_run(copy, tmp_path))
+    assert message in refused(*video_run(copy, tmp_path, "--dry-run"))
+    words = model_words(copy / "model")
+    parse(video_run(copy, tmp_path, f"--guidance_scale={words['guidance_scale']}", f"--shift={words['shift']}"))
+    parse(video_run(copy, tmp_path, "--guidance_scale=6", "--shift=5"))  # the preset's numbers, stated on purpose
+
+
+def test_a_run_that_goes_on_keeps_what_it_was_started_with(copy, tmp_path):
+    edit("guider/guider_config.json", guidance_scale=1.0)(copy / "model")
+    config, _ = parse(video_run(copy, tmp_path, "--guidance_scale=6"))
+    (tmp_path / "old").mkdir()
+    put(tmp_path / "old" / "config.json", json.dumps(vars(config)))
+    parse(["--resume", str(tmp_path / "old")])
+
+
+def test_a_plan_of_a_hub_id_fetches_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "snapshot_download", lambda *arguments, **options: pytest.fail("fetched"))
+    parse(["--preset", "paper", "--model", "org/model", "--runs", str(tmp_path), "--dry-run"])
 
 
 # ---------------------------------------------------------------------------------------------- VideoAlign
@@ -526,7 +589,12 @@ def without_token(folder):
         put(path, path.read_text().replace("<|MQ_reward|>", "<|other|>"))
 
 
+def without_key(lost):
+    return state_of(lambda state: {key: state[key] for key in state if key != lost})
+
+
 HEAD = "base_model.model.rm_head.weight"
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 VIDEOALIGN_FAULTS = {
     "no settings": (remove(SETTINGS), "must be a download of KwaiVGI/VideoReward: there is no"),
     "garbage settings": (replace(SETTINGS, "{"), "model_config.json must be JSON"),
@@ -536,39 +604,47 @@ VIDEOALIGN_FAULTS = {
     "no fps": (edit(SETTINGS, "data_config", fps=None), "fps must lie in [0.001, 1000]"),
     "fps 0": (edit(SETTINGS, "data_config", fps=0), "fps must lie in [0.001, 1000]"),
     "fps in words": (edit(SETTINGS, "data_config", fps="2"), "has '2' in data_config"),
-    "fps nan": (edit(SETTINGS, "data_config", fps=math.nan), "has nan in data_config"),
+    "fps nan": (edit(SETTINGS, "data_config", fps=math.nan), "model_config.json must be JSON: NaN is not JSON"),
     "one pixel": (edit(SETTINGS, "data_config", max_frame_pixels=1), "max_frame_pixels must lie in [784, "),
     "std 0": (edit(SETTINGS, "inference_config", MQ_std=0.0), "MQ_std must lie in"),
-    "mean inf": (edit(SETTINGS, "inference_config", TA_mean=math.inf), "TA_mean must lie in"),
+    "mean inf": (edit(SETTINGS, "inference_config", TA_mean=1e7), "TA_mean must lie in"),
     "no mean": (edit(SETTINGS, "inference_config", VQ_mean=None), "VQ_mean must lie in"),
     "rank 0": (edit(SETTINGS, "peft_lora_config", lora_r=0), "lora_r must lie in"),
     "half a rank": (edit(SETTINGS, "peft_lora_config", lora_r=4.5), "lora_r must be a whole number"),
-    "another rank": (edit(SETTINGS, "peft_lora_config", lora_r=5), "of another shape: base_model"),
+    "another rank": (edit(SETTINGS, "peft_lora_config", lora_r=5), "size mismatch for base_model"),
     "alpha": (edit(SETTINGS, "peft_lora_config", lora_alpha=-1), "lora_alpha must lie in"),
     "two outputs": (edit(SETTINGS, "model_config", output_dim=2), "output_dim must be one of [1, 3]"),
     "true outputs": (edit(SETTINGS, "model_config", output_dim=True), "output_dim must be one of [1, 3]"),
-    "other outputs": (edit(SETTINGS, "model_config", output_dim=3), "rm_head.weight (1, 32), not (3, 32)"),
+    "other outputs": (
+        edit(SETTINGS, "model_config", output_dim=3),
+        "size mismatch for base_model.model.rm_head",
+    ),
     "no checkpoint": (remove("checkpoint-1"), "there is no"),
     "no number": (lambda folder: (folder / "checkpoint-1").rename(folder / "checkpoint-1.bak"), "checkpoint-<N>"),
     "no model.pth": (remove(PTH), "there is no"),
+    "no tokenizer": (remove("checkpoint-1/tokenizer"), "there is no"),
     "empty model.pth": (replace(PTH, ""), "must hold nothing but tensors"),
-    "garbage model.pth": (replace(PTH, "version https://git-lfs.github.com/spec/v1"), "damaged or holds more"),
+    "garbage model.pth": (replace(PTH, "<html>404</html>"), "damaged or holds more"),
+    "a pointer": (replace(PTH, "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"), "is a Git LFS pointer"),
     "cut model.pth": (cut(PTH, 0.5), "damaged or holds more"),
     "model.pth cut by a byte": (cut(PTH, -1), "damaged or holds more"),
     "code": (state_of(lambda state: {**state, "x": Code()}), "damaged or holds more (UnpicklingError)"),
     "a list": (state_of(lambda state: list(state.values())), "must hold a dict of names and floating-point tensors"),
     "a number": (state_of(lambda state: {**state, HEAD: 1}), "must hold a dict of names and floating-point tensors"),
     "whole numbers": (state_of(lambda state: {**state, HEAD: torch.ones(1, 32).int()}), "floating-point tensors"),
-    "no head": (state_of(lambda state: {key: state[key] for key in state if key != HEAD}), "1 missing: rm_head.weight"),
-    "a key more": (state_of(lambda state: {**state, "x": torch.zeros(1)}), "1 unexpected: x"),
+    "no head": (without_key(HEAD), f'Missing key(s) in state_dict: "{HEAD}"'),
+    "no norm": (without_key("base_model.model.visual.merger.ln_q.weight"), "Missing key(s) in state_dict: "),
+    "half of a LoRA pair": (without_key(Q_PROJ + ".lora_A.default.weight"), "Missing key(s) in state_dict: "),
+    "a LoRA without base": (without_key(Q_PROJ + ".base_layer.weight"), "Missing key(s) in state_dict: "),
+    "a key more": (state_of(lambda state: {**state, "x": torch.zeros(1)}), 'Unexpected key(s) in state_dict: "x"'),
     "empty tokenizer": (empty("checkpoint-1/tokenizer"), "must be a tokenizer that can be loaded"),
+    "no vocabulary": (remove("checkpoint-1/tokenizer/tokenizer.json"), "it lacks ['the words of a prompt']"),
     "garbage tokenizer": (replace("checkpoint-1/tokenizer/tokenizer.json", "{"), "a tokenizer that can be loaded"),
     "another tokenizer": (without_token, "it lacks ['<|MQ_reward|>']"),
     "garbage sizes": (replace("config.json", "{"), "config.json must be JSON"),
     "sizes in words": (edit("config.json", hidden_size="wide"), "must describe a Qwen2-VL"),
-    "no sizes": (replace("config.json", "{}"), "must describe a Qwen2-VL"),
-    "endless layers": (edit("config.json", num_hidden_layers=10**9), "no Qwen2-VL has more than 1,000 layers"),
-    "fewer layers": (edit("config.json", num_hidden_layers=1), "unexpected: base_model"),
+    "no sizes": (replace("config.json", "{}"), "the keys of model.pth must be exactly those"),
+    "fewer layers": (edit("config.json", num_hidden_layers=1), "Unexpected key(s) in state_dict: "),
     "fewer words": (edit("config.json", vocab_size=100), "the tokenizer's ids must be among the 100 of the model"),
 }
 TEMPLATE = '"<|VQ_reward|><|MQ_reward|><|TA_reward|>{text_prompt}"'
@@ -613,7 +689,7 @@ def rewrite(change):
     """A fault: change(tensors) in a cache file whose metadata stays."""
 
     def damage(path, other):
-        with hunyuan.safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:
             metadata = file.metadata()
         state = load_file(path)
         change(state)
@@ -670,7 +746,7 @@ def test_a_hub_model_that_lacks_a_tensor_is_not_filled_at_random(copy, name, fil
     """The files of a hub id are first seen when they are loaded."""
     tensors(name, lambda state: state.popitem(), file)(copy / "model")
     with pytest.raises(ValueError, match=f"{name} of .* must hold exactly the tensors of its config.json: 1 missing"):
-        hunyuan.load_network(copy / "model", name, torch.float32)
+        load_network(copy / "model", name, torch.float32)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_behind(cache, monkeypatch):
@@ -678,7 +754,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(cache, monkeypatch):
         raise OSError(28, "No space left on device")
 
     encoder, _ = cache
-    monkeypatch.setattr(hunyuan.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match=r"which has [\d,]+ bytes free: [\d,]+ are needed .*make room"):
         encoder(["a mouse"])
     assert not list(encoder.folder.glob("*.tmp"))

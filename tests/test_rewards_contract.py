@@ -8,15 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from grpo import GRPOConfig, OneRank, collect, evaluate, score
-from rewards import MAX_SIZE, broken_rule
-from sde import SDE, sigma_schedule
 from test_grpo import LinearPolicy, T, generators
-from videoalign import write_video
+
+from engine.config import Config
+from engine.scoring import MAX_SIZE, Scorer, broken_rule
+from grpo import OneRank, collect, evaluate
+from sde import SDE, sigma_schedule
+from video.mp4 import write_video
 
 B = 8
-CONFIG = GRPOConfig(group_size=4, batch_size=B, micro_batch=B, kl_mode="none", max_failed_rewards=0.5)
+CONFIG = Config(group_size=4, batch_size=B, micro_batch=B, kl_mode="none", max_failed_rewards=0.5)
 NAMES = ("VQ", "MQ", "TA")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ALL_KINDS = (*FLOATS, torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
@@ -45,7 +46,16 @@ answers = st.one_of(good, st.dictionaries(names, objects, max_size=4), objects)
 
 def collected(answer):
     policy, sde = LinearPolicy(), SDE("sage_grpo", 0.5, sigma_schedule(T))
-    return collect(policy, lambda videos, prompts: answer, ["a"] * B, sde, generators(0), CONFIG)
+    scorer = Scorer(lambda videos, prompts: answer, OneRank(), "cpu", 60.0)
+    batch = collect(policy, scorer, ["a"] * B, sde, generators(0), CONFIG)
+    scorer.check_failed(batch.metrics["reward_failed"], CONFIG.max_failed_rewards)
+    return batch
+
+
+def score(reward, prompts, ranks=OneRank()):
+    """(scores, first causes) of a reward's answer."""
+    scorer = Scorer(reward, ranks, "cpu", 60.0)
+    return scorer(None, prompts), scorer.causes
 
 
 @given(answers)
@@ -77,13 +87,13 @@ def test_any_answer_is_a_clean_error_or_a_correct_batch(answer):
         ({"VQ": torch.zeros(2).long()}, "VQ must be a dense tensor of floats: got torch.int64"),
         ({"VQ": torch.zeros(2).to_sparse()}, "VQ must be a dense tensor of floats: got torch.float32"),
         ({"VQ": torch.zeros(2, 1)}, r"VQ must have one score per video, shape \[2\]: got \[2, 1\]"),
-        ({"VQ": torch.tensor([0, math.inf])}, "sample 1: VQ must be NaN or of size up to 1e.06: got inf; mend"),
+        ({"VQ": torch.tensor([0, math.inf])}, "sample 1: VQ must be NaN or of size up to 1e.06: got inf; fix"),
         ({"VQ": torch.tensor([0, -1e30])}, "sample 1: VQ must be NaN or of size up to 1e.06: got -1.0"),
     ],
 )
 def test_a_broken_rule_is_named(answer, rule):
     with pytest.raises(RuntimeError, match=f"a reward must keep its contract .*: rank 0, {rule}"):
-        score(lambda videos, prompts: answer, None, ["a", "b"], OneRank(), "cpu")
+        score(lambda videos, prompts: answer, ["a", "b"])
 
 
 class FirstOfTwo(OneRank):
@@ -107,14 +117,12 @@ class FirstOfTwo(OneRank):
 )
 def test_a_rank_raises_for_what_another_one_did(other, cause):
     with pytest.raises(RuntimeError, match=cause):
-        score(lambda videos, prompts: {"VQ": torch.zeros(2)}, None, ["a", "b"], FirstOfTwo(other), "cpu")
+        score(lambda videos, prompts: {"VQ": torch.zeros(2)}, ["a", "b"], FirstOfTwo(other))
 
 
 def test_the_cause_of_a_failed_sample_comes_with_its_rank():
     ranks = FirstOfTwo(("", ["MQ", "VQ"], "sample 0: the video is black"))
-    scores, causes, _ = score(
-        lambda videos, prompts: {"VQ": torch.zeros(1), "MQ": torch.ones(1)}, None, ["a"], ranks, "cpu"
-    )
+    scores, causes = score(lambda videos, prompts: {"VQ": torch.zeros(1), "MQ": torch.ones(1)}, ["a"], ranks)
     assert causes == ["rank 1, sample 0: the video is black"] and list(scores) == ["VQ", "MQ"]
 
 
@@ -124,20 +132,21 @@ def test_a_reward_that_exits_is_named(error):
         raise error
 
     with pytest.raises(RuntimeError, match=f"rank 0, it raised {type(error).__name__}"):
-        score(leaving, None, ["a"], OneRank(), "cpu")
+        score(leaving, ["a"])
 
 
 def test_the_names_of_a_reward_may_not_change_between_calls():
     calls = iter([{"VQ": torch.zeros(8), "MQ": torch.zeros(8), "TA": torch.zeros(8)}, {"VQ": torch.zeros(8)}])
     ode, noise = SDE("sage_grpo", 0.0, sigma_schedule(T, 5.0)), [*generators(0), *generators(8)]
     policy, prompts = LinearPolicy(), ["a"] * 16
+    scorer = Scorer(lambda videos, prompts: next(calls), OneRank(), "cpu", 60.0)
     with pytest.raises(RuntimeError, match="same names at every call .*: got VQ, MQ, TA first, then VQ"):
-        evaluate(policy, lambda videos, prompts: next(calls), prompts, policy.latent_shape, ode, noise, CONFIG)
+        evaluate(policy, scorer, prompts, policy.latent_shape, ode, noise, CONFIG)
 
 
 def test_a_failed_sample_without_a_cause_is_named():
     answer = {"VQ": torch.zeros(2), "MQ": torch.tensor([0, math.nan])}
-    _, causes, _ = score(lambda videos, prompts: answer, None, ["a", "b"], OneRank(), "cpu")
+    _, causes = score(lambda videos, prompts: answer, ["a", "b"])
     assert causes == ["rank 0, sample 1: MQ is NaN, and the reward keeps no list of failures"]
 
 
@@ -153,7 +162,7 @@ def test_a_reward_may_not_change_the_prompts():
         return {"VQ": torch.zeros(2)}
 
     with pytest.raises(RuntimeError, match="it changed the list of prompts: let it work on a copy"):
-        score(careless, None, prompts, OneRank(), "cpu")
+        score(careless, prompts)
     assert prompts == ["a", "b"]
 
 
@@ -162,7 +171,7 @@ def test_an_exception_of_a_reward_keeps_its_traceback(capsys):
         raise KeyError("VQ")
 
     with pytest.raises(RuntimeError, match="rank 0, it raised KeyError: 'VQ'"):
-        score(broken, None, ["a"], OneRank(), "cpu")
+        score(broken, ["a"])
     shown = capsys.readouterr().err
     assert shown.startswith("\nrank 0: the reward must score videos: it raised KeyError") and "in broken" in shown
 

@@ -1,20 +1,25 @@
 """The command line, the run folder, resuming bit for bit, stopping."""
 
-import json
-import math
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import train
-from config import Config
+from engine import checkpoint, evaluation, folder, pictures, show
+from engine.checkpoint import listed
+from engine.config import Config
+from engine.draws import draw_prompts
+from engine.folder import read_log
+from engine.watch import WATCH
+from grpo import OneRank
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--batch_size", "8", "--micro_batch", "8", "--group_size", "4", "--num_steps", "4", "--eval_steps", "2"]
@@ -32,21 +37,29 @@ SMALL += [
 ]
 
 
+# 24 backward passes an iteration: λ_KL rises for four of the five iterations, and then moves by the KL.
+CONTROLLER = ["--kl_schedule", "controller", "--kl_target", "1e-3", "--kl_mode", "fixed", "--micro_batch", "1"]
+
+
 def lines_of(run):
-    return [{k: v for k, v in line.items() if not k.endswith("_seconds")} for line in checkpoint.read_log(run)]
+    return [{k: v for k, v in line.items() if not k.endswith("_seconds")} for line in read_log(run)]
 
 
 def weights_of(run):
     """Every tensor of the newest checkpoint: weights, optimizer moments and anchor."""
     tensors = {}
-    for path in checkpoint.latest(run).glob("*.safetensors"):
+    for path in checkpoint.find(run).glob("*.safetensors"):
         tensors |= load_file(path)
     return tensors
 
 
 # anchor_every 9: the anchor is the policy when the run stops, so going on must know when it was refreshed
-@pytest.mark.parametrize("extra", [[], ["--kl_mode", "fixed"], ["--anchor_every", "9"], ["--optimizer", "muon"]])
-def test_resume_is_bit_for_bit(tmp_path, extra):
+@pytest.mark.parametrize(
+    "extra", [[], ["--kl_mode", "fixed"], ["--anchor_every", "9"], ["--optimizer", "muon"], CONTROLLER]
+)
+def test_resume_is_bit_for_bit(tmp_path, extra, monkeypatch):
+    for name in ("curves", "report"):  # most of the time
+        monkeypatch.setattr(pictures, name, lambda *arguments: None)
     common = ["--runs", str(tmp_path), *SMALL, *extra]
     train.main([*common, "--name", "whole", "--iterations", "5"])
     train.main([*common, "--name", "parts", "--iterations", "3"])
@@ -65,7 +78,7 @@ def test_run_folder_holds_what_is_promised(tmp_path, capsys):
     run = tmp_path / "toy-1"
     for name in ("config.json", "metrics.jsonl", "curves.png", "samples_before.npy", "samples_before_after.gif"):
         assert (run / name).stat().st_size > 0
-    assert [p.name for p in checkpoint.complete(run / "checkpoints")] == ["iteration-000002", "iteration-000003"]
+    assert [p.name for p in listed(run / "checkpoints")] == ["iteration-000002", "iteration-000003"]
     shown = capsys.readouterr().out
     assert "before    after 3  change" in shown and "reward" in shown and "TA" in shown
     train.main(["--runs", str(tmp_path), *SMALL, "--iterations", "1"])
@@ -78,18 +91,18 @@ def test_run_folder_holds_what_is_promised(tmp_path, capsys):
 def test_an_evaluation_that_fails_loses_nothing_and_is_made_on_resume(tmp_path, monkeypatch):
     common = ["--runs", str(tmp_path), *SMALL, "--eval_every", "2"]
     train.main([*common, "--name", "whole", "--iterations", "3"])
-    evaluate = train.evaluate
+    evaluate = evaluation.evaluate
 
     def fails_at_2(*arguments):
-        if checkpoint.complete(tmp_path / "cut" / "checkpoints"):
+        if listed(tmp_path / "cut" / "checkpoints"):
             raise OSError("disk full")
         return evaluate(*arguments)
 
-    monkeypatch.setattr(train, "evaluate", fails_at_2)
+    monkeypatch.setattr(evaluation, "evaluate", fails_at_2)
     with pytest.raises(OSError, match="disk full"):
         train.main([*common, "--name", "cut", "--iterations", "3"])
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    assert checkpoint.latest(tmp_path / "cut").name == "iteration-000002"
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    assert checkpoint.find(tmp_path / "cut").name == "iteration-000002"
     train.main(["--resume", str(tmp_path / "cut")])
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
 
@@ -106,9 +119,35 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
     shown, _ = process.communicate(timeout=60)
     done = lines_of(tmp_path / "cut")[-1]["iteration"]
     assert process.returncode == 0 and f"go on with: python train.py --resume {tmp_path / 'cut'}" in shown
-    assert checkpoint.latest(tmp_path / "cut").name == f"iteration-{done:06d}"
+    assert checkpoint.find(tmp_path / "cut").name == f"iteration-{done:06d}"
     train.main(["--resume", str(tmp_path / "cut"), "--iterations", str(done + 1)])
     assert lines_of(tmp_path / "cut")[-1]["iteration"] == done + 1
+
+
+def test_where_a_run_stops_its_resumption_makes_the_evaluation(tmp_path, monkeypatch):
+    """A signal in the second iteration, after which an evaluation is due."""
+    append = train.Log.append
+
+    def append_and_ask(log, line):
+        append(log, line)
+        WATCH.asked = signal.SIGTERM if line["iteration"] == 1 else None
+
+    monkeypatch.setattr(train.Log, "append", append_and_ask)
+    run = ["--runs", str(tmp_path), *SMALL, "--name", "run", "--iterations", "4", "--eval_every", "2"]
+    train.main(run)
+    assert [line["iteration"] for line in lines_of(tmp_path / "run")] == [0, 1, 2]
+    assert "eval_reward" not in lines_of(tmp_path / "run")[-1]
+    train.main(["--resume", str(tmp_path / "run")])
+    assert ["eval_reward" in line for line in lines_of(tmp_path / "run")] == [True, False, True, False, True]
+
+
+def test_a_board_that_fails_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    board = SimpleNamespace(add_scalar=Mock(side_effect=OSError("disk full")))
+    monkeypatch.setattr(show, "tensorboard", lambda run: board)
+    train.main(["--runs", str(tmp_path), *SMALL, "--name", "run", "--iterations", "1"])
+    assert "warning: writing TensorBoard's log failed, the run goes on" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())  # it lacks SummaryWriter
+    assert folder.tensorboard(tmp_path) is None
 
 
 def test_a_run_that_was_killed_before_its_pictures_makes_them_on_resume(tmp_path):
@@ -122,8 +161,17 @@ def test_a_run_that_was_killed_before_its_pictures_makes_them_on_resume(tmp_path
 
 
 def test_prompts_are_drawn_without_gaps():
-    first = train.draw_prompts(list("abcdef"), 4, 0, 0) + train.draw_prompts(list("abcdef"), 4, 0, 1)
-    assert sorted(first[:6]) == list("abcdef")
+    """Also where an iteration crosses from one epoch into the next; and each epoch has an order of its own."""
+    for prompts, count in (("abcdef", 4), ("abc", 2)):
+        epochs, size = 6, len(prompts)
+        drawn = [
+            prompt
+            for iteration in range(epochs * size // count)
+            for prompt in draw_prompts(prompts, count, 0, iteration)
+        ]
+        orders = [drawn[epoch * size : (epoch + 1) * size] for epoch in range(epochs)]
+        assert all(sorted(order) == list(prompts) for order in orders)
+        assert len({tuple(order) for order in orders}) > 2
 
 
 def test_no_two_draws_of_a_run_share_their_noise(tmp_path, monkeypatch):
@@ -152,18 +200,45 @@ def test_no_two_draws_of_a_run_share_their_noise(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_sample_has_the_same_draws_on_any_number_of_ranks(rank):
-    class Ranks(train.OneRank):
-        world = 2
+    class Ranks(OneRank):
+        dp_world = 2
 
-    ranks, whole = Ranks(), train.OneRank()
-    ranks.rank = rank
+    ranks, whole = Ranks(), OneRank()
+    ranks.dp_rank = rank
     one, half = Config(batch_size=8, group_size=4), Config(batch_size=4, group_size=4)
     own = slice(4 * rank, 4 * rank + 4)
     for purpose in ("noise", "order"):
         of_all = [g.initial_seed() for g in train.sample_generators(one, purpose, 5, whole)]
         assert [g.initial_seed() for g in train.sample_generators(half, purpose, 5, ranks)] == of_all[own]
-    prompts = list("abcdefg")
-    assert train.own_prompts(prompts, half, 3, ranks) == train.own_prompts(prompts, one, 3, whole)[own]
+    prompts, iteration = list("abcdefg"), 2
+    of_all = train.own_prompts(prompts, one, iteration, whole)
+    assert of_all[:4] == of_all[:1] * 4 and of_all[4:] == of_all[4:5] * 4 and of_all[0] != of_all[4]
+    assert train.own_prompts(prompts, half, iteration, ranks) == of_all[own]
+
+
+def test_every_evaluation_has_the_same_noise(tmp_path, monkeypatch):
+    seeds = []
+
+    def recorded(policy, reward, prompts, latent_shape, sde, noise, *rest):
+        seeds.append([generator.initial_seed() for generator in noise])
+        return {"eval_reward": 0.0}, torch.zeros(len(prompts), 1, 3, 2, 2, dtype=torch.uint8)
+
+    monkeypatch.setattr(evaluation, "evaluate", recorded)
+    config = Config(model="toy", eval_noises=2, seed=3)
+    policy = SimpleNamespace(latent_shape=(1,))
+    for iteration in (0, 10):
+        evaluation.run_evaluation(policy, None, ["a", "b"], config, iteration, tmp_path, OneRank())
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 4
+
+
+@pytest.mark.parametrize("mode, every", [("fixed", None), ("moving", 7), ("dual", 7)])
+def test_the_anchor_is_that_of_the_kl_mode(mode, every):
+    module = torch.nn.Linear(2, 2)
+    anchor = train.make_anchor(module, Config(kl_mode=mode, anchor_every=7, anchor_offload=True))
+    assert anchor.every == every and anchor.offload
+    assert not train.make_anchor(module, Config(kl_mode=mode)).offload
+    for nothing in (Config(kl_mode="stepwise"), Config(kl_mode="none"), Config(kl_mode="dual", beta_pos=0.0)):
+        assert train.make_anchor(module, nothing) is None
 
 
 # ---------------------------------------------------------------------------------------------- optimizers
@@ -199,8 +274,9 @@ def test_muon_takes_orthogonal_steps_of_adamws_size(weight_decay):
 
 def test_adamw_takes_all_without_muon_and_a_lora_leaves_it_nothing():
     module = matrices_with_full_rank_gradients()
-    (only,) = train.make_optimizers(module, Config(weight_decay=0.01))
+    (only,) = train.make_optimizers(module, Config(weight_decay=0.01, adam_beta1=0.8, adam_beta2=0.7))
     assert isinstance(only, torch.optim.AdamW) and only.defaults["weight_decay"] == 0.01
+    assert only.defaults["betas"] == (0.8, 0.7)
     assert len(only.param_groups[0]["params"]) == 4
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.endswith("weight"))  # as of a LoRA: matrices alone

@@ -1,5 +1,7 @@
 """Eq. 11–15 against torch.distributions; the anchor's copies bit for bit."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from sde import log_prob
 from trust_region import (
     KL_MODES,
     Anchor,
+    LambdaController,
     dual_kl,
     gaussian_kl,
     kl_coefficient,
@@ -92,6 +95,51 @@ def test_swap_gives_the_anchor_and_restores_bit_for_bit(offload):
     with pytest.raises(RuntimeError, match="inside"), anchor.swapped_in():
         raise RuntimeError("inside")
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "kl, means",
+    [
+        (1e-4, [2.03, 5.99, 6.44, 0.29, 0.10, 0.10]),
+        (0.0, [2.03, 5.99, 9.48, 10, 10, 10]),
+        (0.6e-5, [2.03, 5.99, 9.43, 9.90]),
+        (1.4e-5, [2.03, 5.99, 9.43, 9.90]),
+    ],
+)
+def test_the_controller_follows_the_forks_numbers(kl, means):
+    """Mean λ_KL of iterations of 40 backward passes, in 1e-6: a large KL ends at the smallest λ_KL, one of 0 at the
+    largest, and one near its target leaves it where the ramp ended."""
+    controller = LambdaController(1e-7, 1e-5, target=1e-5)
+    seen = []
+    for _ in means:
+        total = 0.0
+        for _ in range(40):
+            total += controller.value
+            controller.observe(kl)
+        seen.append(total / 40 * 1e6)
+    assert seen == pytest.approx(means, abs=0.006)
+
+
+def test_the_controller_judges_the_mean_of_the_last_ten_and_goes_on_from_its_state():
+    controller = LambdaController(1.0, 9.0, target=2.0, ramp=1)
+    controller.observe(2.0)
+    assert controller.value == 1.0  # no ramp is left, and the KL is at its target
+    controller.value = 3.0
+    controller.observe(20.0)  # (2 + 20) / 2 = 11 > 3
+    assert controller.value == pytest.approx(2.7)
+    for _ in range(9):
+        controller.observe(0.0)
+    assert controller.recent == [20.0] + [0.0] * 9 and controller.value == pytest.approx(2.7 * 0.9**5)
+    controller.observe(0.0)  # the 20 is forgotten: a mean of 0 < 1
+    assert controller.value == pytest.approx(2.7 * 0.9**5 * 1.1)
+    again = LambdaController(1.0, 9.0, target=2.0, ramp=1)
+    again.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    for kl in (0.0, 5.0, 40.0):
+        controller.observe(kl)
+        again.observe(kl)
+        assert again.state_dict() == controller.state_dict()
+    with pytest.raises(ValueError, match="kl_lambda_early must be at most kl_lambda: .*: got 2 and 1"):
+        LambdaController(2.0, 1.0, target=1.0)
 
 
 @pytest.mark.parametrize("per_iteration, refreshed", [(1, [3, 6]), (2, [4, 8]), (5, [5, 10, 15])])

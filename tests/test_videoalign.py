@@ -8,18 +8,27 @@ the patches with the code under test.
 import json
 import math
 import shutil
-import sys
 
+import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
+from PIL import Image
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLModel,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-import videoalign
-from videoalign import CLIPScore, PickScore, VideoAlign, read_video, write_video
 from tiny.videoalign import LORA_ALPHA, LORA_RANK, build_tiny_clip, build_tiny_template, build_tiny_videoalign
+from video import videoalign
+from video.clip import CLIPScore, PickScore
+from video.mp4 import read_video, write_video
+from video.videoalign import VideoAlign
 
 PROMPTS = ["a cat", "a dog that runs over a {green} hill", "東京 by night"]
 HEAD = "base_model.model.rm_head.weight"
@@ -27,7 +36,7 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 BASE = Q_PROJ + ".base_layer.weight"
 LORA_A = Q_PROJ + ".lora_A.default.weight"
 LORA_B = Q_PROJ + ".lora_B.default.weight"
-NORM = "visual.merger.ln_q.weight"
+SIZES = {"output_dim": 1, "lora_r": LORA_RANK, "lora_alpha": LORA_ALPHA}  # the settings that shape the module
 
 
 @pytest.fixture(scope="module")
@@ -189,70 +198,12 @@ def test_trap_4_lora_is_merged_and_scored_in_fp32(folders, scorer):
     assert_same_scores(under_autocast, first_logits(scorer))
 
 
-def refused_keys(scorer, folder, lost=(), added=None):
-    """The fault that load_weights finds in model.pth without the keys `lost`, with zeros for `added`, {key: shape}."""
-    state = torch.load(folder / "checkpoint-1" / "model.pth", weights_only=True)
-    for key in lost:
-        del state[key]
-    for key, shape in (added or {}).items():
-        state[key] = torch.zeros(shape)
-    with pytest.raises(ValueError) as error:
-        videoalign.load_weights(scorer.module, state, LORA_RANK, LORA_ALPHA)
-    rule, _, fault = str(error.value).partition(": ")
-    assert rule == "the keys of model.pth must be exactly those of VideoAlign's model, as in a whole download"
-    return fault
-
-
-def test_missing_keys(folders, scorer):
-    assert refused_keys(scorer, folders[1], lost=["base_model.model." + NORM]) == "1 missing: model." + NORM
-    assert refused_keys(scorer, folders[1], lost=[HEAD]) == "1 missing: rm_head.weight"
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "base_model.model.model.extra.weight",
-        "rm_head.weight",  # without PEFT's prefix
-        Q_PROJ + ".lora_C.default.weight",
-    ],
-)
-def test_unexpected_keys(folders, scorer, key):
-    assert refused_keys(scorer, folders[1], added={key: (1, 32)}) == "1 unexpected: " + key
-
-
-def test_a_renamed_key_is_missing_and_unexpected(folders, scorer):
-    name = "visual.blocks.0.norm1.weight"
-    other = "base_model.model.visual.blocks.9.norm1.weight"
-    fault = refused_keys(scorer, folders[1], lost=["base_model.model." + name], added={other: (32,)})
-    assert fault == f"1 missing: model.{name}; 1 unexpected: {other}"
-
-
-@pytest.mark.parametrize("lost", [[LORA_A], [LORA_B], [LORA_A, LORA_B], [BASE]])
-def test_keys_without_their_lora_pair(folders, scorer, lost):
-    name = "model.language_model.layers.0.self_attn.q_proj.weight"
-    assert refused_keys(scorer, folders[1], lost=lost) == "1 without a LoRA pair: " + name
-
-
-@pytest.mark.parametrize(
-    "key, shape, right_shape",
-    [
-        (HEAD, (3, 32), (1, 32)),
-        (BASE, (32, 31), (32, 32)),
-        (LORA_A, (3, 32), (4, 32)),
-        (LORA_B, (30, 4), (32, 4)),
-    ],
-)
-def test_keys_of_another_shape(folders, scorer, key, shape, right_shape):
-    fault = refused_keys(scorer, folders[1], added={key: shape})
-    assert fault == f"1 of another shape: {key} {shape}, not {right_shape}"
-
-
 def test_weights_that_are_not_finite(folders):
     state = torch.load(folders[1] / "checkpoint-1" / "model.pth", weights_only=True)
     state[HEAD][0, 3] = math.nan
-    module = videoalign.build_module(folders[1], output_dim=1, video_id=5, device="cpu")
+    module = videoalign.build_module(folders[1], SIZES, video_id=5).to_empty(device="cpu")
     with pytest.raises(ValueError, match="the weights of model.pth must be finite: rm_head.weight is not"):
-        videoalign.load_weights(module, state, LORA_RANK, LORA_ALPHA)
+        videoalign.load_weights(module, state)
 
 
 def test_a_buffer_that_would_stay_undefined(folders, monkeypatch):
@@ -264,14 +215,7 @@ def test_a_buffer_that_would_stay_undefined(folders, monkeypatch):
 
     monkeypatch.setattr(Qwen2VLModel, "__init__", build_with_a_buffer)
     with pytest.raises(RuntimeError, match=r"transformers adds \['model.scale'\]"):
-        videoalign.build_module(folders[1], output_dim=1, video_id=5, device="cpu")
-
-
-@pytest.mark.parametrize("part", ["model_config.json", "checkpoint-1/model.pth", "checkpoint-1/tokenizer"])
-def test_missing_parts_of_the_folder(copy, repo, part):
-    (copy / part).rename(copy / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=f"KwaiVGI/VideoReward.*{part.rpartition('/')[2]}"):
-        VideoAlign(copy, repo)
+        videoalign.build_module(folders[1], SIZES, video_id=5)
 
 
 def test_settings_that_are_not_implemented(copy, repo):
@@ -301,34 +245,21 @@ def test_newest_checkpoint_is_taken(copy, repo, scorer):
     assert_same_scores(first_logits(VideoAlign(copy, repo)), first_logits(scorer))
 
 
-def test_tokenizer_without_the_reward_tokens(copy, repo):
-    for path in (copy / "checkpoint-1" / "tokenizer").iterdir():
-        path.write_text(path.read_text(encoding="utf-8").replace("<|MQ_reward|>", "<|other|>"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"tokenizer must be VideoAlign's own.*<\|MQ_reward\|>"):
-        VideoAlign(copy, repo)
-
-
 def test_template_must_come_from_a_clone(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="git clone https://github.com/KwaiVGI/VideoAlign"):
-        VideoAlign(folders[1], tmp_path)
-    (tmp_path / "prompt_template.py").write_text("DETAILED_PROMPT_WITH_SPECIAL_TOKEN = '<|VQ_reward|><|TA_reward|>'")
-    with pytest.raises(ValueError, match=r"contain each of \['<\|MQ_reward\|>', '{text_prompt}'\] once"):
         VideoAlign(folders[1], tmp_path)
 
 
 def test_sizes_of_the_released_model(tmp_path):
     """Qwen2-VL-2B has 2,208,985,600 parameters, with tied embeddings and a vocabulary of 151,936.
     The released bf16 file, with a head of its own for 151,660 tokens and LoRA of rank 64, has 5.03 GB."""
-    module = videoalign.build_module(tmp_path, output_dim=1, video_id=151656, device="meta")
+    module = videoalign.build_module(tmp_path, {"output_dim": 1, "lora_r": 64, "lora_alpha": 128}, video_id=151656)
+    sizes = {name: weight.numel() for name, weight in module.named_parameters()}
+    lora = sum(size for name, size in sizes.items() if "lora_" in name)
     width = 1536
-    backbone = sum(weight.numel() for weight in module["model"].parameters())
+    backbone = sum(sizes.values()) - lora - width  # rm_head has one output
     assert backbone + (151_936 - 151_660) * width == 2_208_985_600
-    lora = 0
-    for name, weight in module.named_parameters():
-        if name.endswith("_proj.weight"):
-            lora += 64 * sum(weight.shape)
-    heads = 151_660 * width + width
-    gigabytes = 2 * (backbone + heads + lora) / 1e9
+    gigabytes = 2 * (backbone + lora + 151_660 * width + width) / 1e9
     assert gigabytes == pytest.approx(5.03, abs=0.005)
 
 
@@ -348,6 +279,36 @@ def test_frames_are_resized_as_qwen_resizes(height, width):
     frames = videoalign.resize_frames(random_videos(2, 3, height, width), 200_704)
     assert tuple(frames.shape[-2:]) == smart_resize(height, width, min_pixels=100_352, max_pixels=200_704)
     assert frames.equal(frames.round()) and 0 <= frames.min() and frames.max() <= 255
+
+
+@pytest.mark.parametrize("height, width", [(480, 848), (64, 96)])  # smaller, and larger
+def test_frames_are_resized_as_pillow_resizes(height, width):
+    (frame,) = random_videos(1, 3, height, width) // 2 + 64  # Pillow also clamps between its two passes
+    (resized,) = videoalign.resize_frames(frame[None], 200_704)
+    image = Image.fromarray(frame.permute(1, 2, 0).numpy())
+    expected = image.resize((resized.shape[2], resized.shape[1]), Image.Resampling.BICUBIC)
+    assert (resized.permute(1, 2, 0) - torch.tensor(numpy.asarray(expected))).abs().max() <= 1  # of 255 levels
+
+
+def test_frames_are_taken_at_the_rates_of_the_call_and_of_the_checkpoint(copy, repo, monkeypatch):
+    path = copy / "model_config.json"
+    video = random_videos(1, 48, 3, 28, 28)
+    taken = []
+
+    def count(scorer, samples):
+        _, _, grid = samples[0]
+        taken.append(2 * grid[0].item())
+        return torch.zeros(1, 3)
+
+    monkeypatch.setattr(VideoAlign, "logits", count)
+    for sample_fps in (2.0, 4.0):
+        settings = json.loads(path.read_text())
+        settings["data_config"]["fps"] = sample_fps
+        path.write_text(json.dumps(settings))
+        scorer = VideoAlign(copy, repo, fps=24)
+        scorer(video, PROMPTS[:1])  # two seconds
+        scorer(video, PROMPTS[:1], fps=8)  # six seconds
+    assert taken == [4, 12, 8, 24]
 
 
 def test_patches_of_a_still_equal_the_stock_processor():
@@ -432,72 +393,3 @@ def test_mp4_round_trip(tmp_path):
     assert (back.float() - video.float()).abs().mean() < 3
     with pytest.raises(ValueError, match="even sides"):
         write_video(tmp_path / "odd.mp4", video[..., :111], fps=24)
-
-
-@pytest.fixture
-def command(folders, repo, tmp_path, monkeypatch):
-    """A function that runs `python videoalign.py a.mp4 b.mp4 …` with these prompts and returns the rows of its JSON."""
-    write_video(tmp_path / "a.mp4", smooth_video(), fps=24)
-    write_video(tmp_path / "b.mp4", smooth_video(frames=40).flip(0), fps=8)
-
-    def run(*prompts):
-        (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        arguments = ["videoalign.py", str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")]
-        arguments += ["--videoalign", str(folders[1]), "--videoalign_repo", str(repo)]
-        arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--json", str(tmp_path / "scores.json")]
-        monkeypatch.setattr(sys, "argv", arguments)
-        videoalign.main()
-        return json.loads((tmp_path / "scores.json").read_text())
-
-    return run
-
-
-def test_command_with_a_prompt_for_each_video(command, scorer, tmp_path, capsys):
-    rows = command("a cat", "<|VQ_reward|>")
-    video, _ = read_video(tmp_path / "a.mp4")
-    expected = scorer(video[None], ["a cat"])
-    assert [row["video"] for row in rows] == [str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")]
-    assert rows[0]["failures"] == []
-    assert rows[0]["TA"] == pytest.approx(expected["TA"].item(), rel=5e-5)
-    assert rows[0]["Overall"] == pytest.approx(rows[0]["VQ"] + rows[0]["MQ"] + rows[0]["TA"])
-    assert rows[1]["VQ"] is None
-    assert rows[1]["Overall"] is None
-    assert "reward token" in rows[1]["failures"][0]
-    header, first, second = capsys.readouterr().out.splitlines()
-    assert header.split() == ["VQ", "MQ", "TA", "Overall", "video"]
-    assert first.split() == [f"{rows[0][name]:.4f}" for name in ("VQ", "MQ", "TA", "Overall")] + [rows[0]["video"]]
-    assert second.split()[:5] == ["nan", "nan", "nan", "nan", rows[1]["video"]]
-    assert second.endswith(rows[1]["failures"][0])
-
-
-def test_command_with_one_prompt_for_all_videos(command, scorer, tmp_path):
-    rows = command("a dog")
-    assert [row["prompt"] for row in rows] == ["a dog", "a dog"]
-    video, fps = read_video(tmp_path / "b.mp4")
-    assert fps == 8  # each file is scored at its own frame rate
-    expected = scorer(video[None], ["a dog"], fps=8)
-    assert rows[1]["MQ"] == pytest.approx(expected["MQ"].item(), rel=5e-5)
-
-
-def test_command_refuses_wrong_prompts_and_missing_videos(command, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command("one", "two", "three")
-    assert "must have 1 or 2 (videos) lines" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command("one", " ")
-    assert "none of them empty" in capsys.readouterr().err
-    (tmp_path / "b.mp4").unlink()
-    with pytest.raises(SystemExit):
-        command("one")
-    assert f"every video must be a file: there is no {tmp_path / 'b.mp4'}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["nowhere.txt", "latin.txt"])
-def test_command_names_a_prompt_file_that_cannot_be_read(monkeypatch, tmp_path, capsys, name):
-    (tmp_path / "latin.txt").write_bytes("a café".encode("latin-1"))
-    arguments = ["videoalign.py", "a.mp4", "--videoalign", "x", "--videoalign_repo", "y"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--prompts", str(tmp_path / name)])
-    with pytest.raises(SystemExit) as stop:
-        videoalign.main()
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and "--prompts must be a text file in UTF-8" in message and name in message
