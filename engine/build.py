@@ -25,12 +25,12 @@ def build(config, run, ranks, device, mesh):
         prompts, eval_prompts = prompts[:4], eval_prompts[:4]
     if config.model in BUILT_IN:
         write_small_models(config.model, run / config.model, ranks, device)
-    reward, eval_reward = build_reward(config, run, device)
     policy = load_hunyuan(config, run, device, mesh, ranks.context)
     if ranks.rank == 0:  # now, so that the text encoders come and go once; the other ranks find the prompts encoded
         policy.encode(prompts + eval_prompts)
     wait_for_all(ranks, device)
     policy.encode(prompts + eval_prompts)
+    reward, eval_reward = build_reward(config, run, device)  # its 8 GiB after the text encoders' 13, not beside them
     return policy, reward, eval_reward, prompts, eval_prompts
 
 

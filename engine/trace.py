@@ -163,11 +163,10 @@ def meta_policy(config, mesh, context, architecture=None):
     transformer = hunyuan.build_transformer(
         architecture, dtype, config.lora_rank, config.checkpointing, ["flash"], context, mesh
     )
-    vae_dtype = torch.float32 if config.vae_dtype == "tf32" else getattr(torch, config.vae_dtype)
     with torch.device("meta"):
         vae = files.AutoencoderKLHunyuanVideo15().requires_grad_(False)
     for parameter in vae.parameters():  # its own `to` warns of modules that it does not have
-        parameter.data = parameter.data.to(vae_dtype)
+        parameter.data = parameter.data.to(hunyuan.decoder_dtype(config.vae_dtype))
     for module in vae.modules():
         if hasattr(module, "prepare_causal_attention_mask"):
             module.prepare_causal_attention_mask = empty_mask

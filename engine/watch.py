@@ -57,11 +57,13 @@ class Watch:
         self.phase = {"number": 0, "name": "its start", "since": time.strftime("%H:%M:%S"), "limit": None}
         self.heard = {}  # rank -> its last message
         self.changed = {}  # rank -> this rank's clock when the other one's phase last changed
+        self.handlers_before = {}  # signal -> what it did before
 
     def start(self, ranks):
         """Begin to watch; a second call changes nothing. Every rank must call it."""
         if self.thread is not None:
             return
+        os.register_at_fork(after_in_child=self.leave_child)
         self.rank, self.world = ranks.rank, ranks.world
         if self.world > 1:
             # A client of its own: that of the process group is blocked while the main thread waits for a key.
@@ -86,7 +88,17 @@ class Watch:
         for number in STOPPING:
             # What nohup ignores stays so. Shells have background jobs ignore SIGINT, too, but `kill -INT` is meant.
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)
+                self.handlers_before[number] = signal.signal(number, lambda number, frame: None)
+
+    def leave_child(self):
+        """In a process forked from this one, say by a reward: it is no rank, and signals mean there what they mean in
+        any process. It shares the wake-up socket, so that a signal to it would be taken for one to this rank.
+        """
+        atexit.unregister(self.stop)
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
+        self.__init__()
 
     def stop(self):
         """At the regular end of the process, so that the others do not take it for dead.

@@ -7,8 +7,8 @@
 Most rows train a LoRA of rank 64 over a bf16 base, because that fits one GPU. Every attention kernel that runs is
 measured at the smaller of the paper's sizes, FlashAttention-3 and 4 among them where their packages are installed, and
 the fastest one at both, also with the attention's output kept for backward. Then come a third of the blocks, trained in
-full with float32 masters, as FSDP trains them, and the VAE's decoding in float32. Compiled blocks come last, since a
-compiler is most likely to fail. A row has:
+full with float32 masters, as FSDP trains them, and the VAE's decoding in each format. Compiled blocks come last, since
+a compiler is most likely to fail. A row has:
 
     seconds    of a forward pass, and of one with backward, after a first call that warms up
     TFLOP/s    of all FLOPs of the pass with backward, those of checkpointing's second forward among them: what
@@ -31,8 +31,8 @@ from types import SimpleNamespace
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
-from engine.config import Config
-from engine.plan import DECODE_BYTES, gradient_cost, memory, pass_flops
+from engine.config import VAE_DTYPES, Config
+from engine.plan import DECODE_BYTES, decode_flops, gradient_cost, memory, pass_flops
 from engine.scoring import clock
 from engine.trace import GLYPH_TOKENS, TEXT_TOKENS
 from video import hunyuan, kernels
@@ -135,13 +135,16 @@ def flops_with_backward(per_pass, config):
     return sum(times * flops for times, flops in zip(gradient_cost(config), per_pass, strict=True))
 
 
-def measure_decode(vae, size, device):
-    policy = SimpleNamespace(vae=vae, vae_tf32=False)
+def measure_decode(vae, size, vae_dtype, device):
+    vae.to(hunyuan.decoder_dtype(vae_dtype))
+    policy = SimpleNamespace(vae=vae, vae_tf32=vae_dtype == "tf32")
     latents = torch.randn(1, *hunyuan.latent_shape(*size), device=device)
     seconds, peak = measured(lambda: hunyuan.HunyuanPolicy.decode(policy, latents), device)
     weights = sum(parameter.nbytes for parameter in vae.parameters())
-    computed = (weights + DECODE_BYTES * size[0] * 256**2) / 2**30
-    return {"decode seconds": seconds, "peak GiB": peak, "computed GiB": computed}
+    tile = DECODE_BYTES * vae.dtype.itemsize / 4 * size[0] * 256**2
+    computed = (weights + tile) / 2**30
+    rate = decode_flops(*size) / seconds / 1e12
+    return {"decode seconds": seconds, "TFLOP/s": rate, "peak GiB": peak, "computed GiB": computed}
 
 
 def measure_all(device, sizes, architecture, vae_config, side):
@@ -178,8 +181,10 @@ def measure_all(device, sizes, architecture, vae_config, side):
         vae = AutoencoderKLHunyuanVideo15.from_config(vae_config).requires_grad_(False)
     vae.enable_slicing()
     vae.enable_tiling()
-    for name, size in sizes.items():
-        yield f"{name}, VAE", measure_decode(vae, size, device)
+    for name in larger:
+        yield f"{name}, VAE in float16", measure_decode(vae, sizes[name], "float16", device)
+    for vae_dtype in VAE_DTYPES:
+        yield f"{small}, VAE in {vae_dtype}", measure_decode(vae, sizes[small], vae_dtype, device)
     del vae
 
     policy = random_policy(device, architecture, LORA_RANK)

@@ -66,7 +66,8 @@ def test_the_measurements_of_a_gpu_on_a_tiny_model(monkeypatch, capsys, tmp_path
     gpu.main(["--tiny", "--out", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
     kinds = [title.split(", ", 1)[1] for title in rows if title.startswith("64")]
-    others = ["attention's output kept", "full training of 1 blocks", "VAE", "compiled"]
+    decoders = [f"VAE in {name}" for name in ("float32", "tf32", "bfloat16", "float16")]
+    others = ["attention's output kept", "full training of 1 blocks", *decoders, "compiled"]
     assert kinds == ["flash", "math", *others]
     matrices, row, *_, vae, _ = rows.values()
     per_pass = sum(pass_flops(hunyuan.token_count(5, 64, 64), tiny_transformer().config))

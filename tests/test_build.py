@@ -98,11 +98,12 @@ SCORERS = [(videoalign, "VideoAlign"), (clip, "CLIPScore"), (clip, "PickScore")]
 def test_the_first_rank_encodes_alone_at_first(monkeypatch, tmp_path):
     """The others encode once it is done, and so find the prompts in the cache."""
     loaded, reward = recorder(monkeypatch, hunyuan, "load"), object()
-    monkeypatch.setattr(build, "build_reward", lambda *arguments: (reward, reward))
+    monkeypatch.setattr(build, "build_reward", lambda *arguments: loaded.append("reward") or (reward, reward))
     waits = SimpleNamespace(rank=0, context=None, gather=lambda values: loaded.append("wait") or values)
     train.build(Config(model="some/model", runs="some/runs"), tmp_path, waits, DEVICE, None)
-    arguments, first, wait, again = loaded
+    arguments, first, wait, again, last = loaded
     assert wait == "wait" and first == again and len(first) == 64 + 16
+    assert last == "reward"  # so that a GPU never holds it beside the text encoders
     assert arguments["prompt_cache"] == Path("some/runs/prompt_cache") and arguments["mesh"] is None
 
 

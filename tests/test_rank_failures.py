@@ -8,6 +8,7 @@ with a linear policy, so that a launch takes seconds.
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import pty
 import signal
@@ -20,6 +21,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 
@@ -422,6 +424,36 @@ def test_output_that_goes_away_is_dropped_and_what_nohup_ignores_stays_ignored(p
     assert process.wait(timeout=60) == 0 and saved(folder) == ITERATIONS
     for file in folder.rglob("*"):
         assert file.is_dir() or MARK.encode() not in file.read_bytes(), file
+
+
+def help_out(ready):
+    ready.set()
+    time.sleep(60)
+
+
+def fork_a_child():
+    """A run whose reward forks a helper, as multiprocessing.Pool does, and ends it."""
+    WATCH.start(ranks.OneRank())
+    WATCH.saves = True
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    helper = fork.Process(target=help_out, args=(ready,))
+    helper.start()
+    assert ready.wait(timeout=20)
+    helper.terminate()
+    helper.join(timeout=20)
+    assert helper.exitcode == -signal.SIGTERM
+    time.sleep(2 * watch.BEAT)
+    assert WATCH.asked is None
+    os.kill(os.getpid(), signal.SIGUSR1)
+    deadline = time.time() + 20
+    while WATCH.asked is None and time.time() < deadline:
+        time.sleep(0.05)
+    assert WATCH.asked == signal.SIGUSR1
+
+
+def test_a_signal_to_a_process_that_a_reward_forked_is_none_to_the_run(tmp_path):
+    forked.finish(forked.start(1, tmp_path / "shown", fork_a_child))
 
 
 def test_without_docstrings_a_run_starts_again_with_them(monkeypatch):

@@ -2,8 +2,11 @@
 
 import asyncio
 import math
+import os
 import resource
+import subprocess
 
+import imageio_ffmpeg
 import pytest
 import torch
 from hypothesis import given
@@ -188,3 +191,18 @@ def test_an_mp4_that_does_not_fit_the_disk_is_an_error(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     write_video(tmp_path / "video.mp4", video, fps=24)
+
+
+def test_a_signal_to_a_runs_group_does_not_reach_ffmpeg(tmp_path, monkeypatch):
+    """Ctrl-C of a terminal, `timeout`, some schedulers: a run that stops after its iteration still writes videos."""
+    imageio_ffmpeg.get_ffmpeg_exe()  # once for a process, it tries the program out
+    groups = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            groups.append(os.getpgid(self.pid))
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    write_video(tmp_path / "video.mp4", torch.zeros(2, 3, 16, 16, dtype=torch.uint8), fps=24)
+    assert len(groups) == 2 and os.getpgrp() not in groups  # it writes, and counts what it has written

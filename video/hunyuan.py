@@ -274,12 +274,16 @@ def load(
     draw_adapter(transformer, seed)
     if compile:
         compile_blocks(transformer)
-    decoder_dtype = torch.float32 if vae_dtype == "tf32" else getattr(torch, vae_dtype)
-    vae = one_after_another(lambda: load_network(folder, "vae", decoder_dtype).to(device))
+    vae = one_after_another(lambda: load_network(folder, "vae", decoder_dtype(vae_dtype)).to(device))
     vae.requires_grad_(False)
     prompts = PromptEncoder(folder, prompt_cache, device, compute_dtype)
     settings = guidance_scale, compute_dtype, micro_batch, guidance_gradient, vae_dtype == "tf32", kernel
     return HunyuanPolicy(transformer, vae, prompts, shape, *settings)
+
+
+def decoder_dtype(vae_dtype):
+    """That of the decoder's weights, for one of engine/config.py's VAE_DTYPES."""
+    return torch.float32 if vae_dtype == "tf32" else getattr(torch, vae_dtype)
 
 
 def build_transformer(

@@ -45,7 +45,8 @@ def decode(path):
     command += ["-format_whitelist", CONTAINERS, "-protocol_whitelist", "file", "-i", f"file:{path}"]
     command += ["-map", "0:V:0", "-vf", "showinfo=checksum=0", "-fps_mode", "passthrough"]
     command += ["-pix_fmt", "rgb24", "-fs", str(most_bytes()), "-f", "rawvideo", "-"]
-    done = subprocess.run(command, capture_output=True)
+    # In a session of its own: Ctrl-C and `timeout` send their signal to the whole group, and a run then still writes.
+    done = subprocess.run(command, capture_output=True, start_new_session=True)
     told = done.stderr.decode(errors="replace")
     if done.returncode or not done.stdout:
         causes = re.findall(r"\[(?:error|fatal)\] (.*)", told)
@@ -103,7 +104,6 @@ def write_video(path, video, fps):
     """uint8 [F, C, H, W] -> an mp4 that every player takes: H.264 in yuv420p, hence the even sides.
     Its frames are counted, because imageio ignores how ffmpeg ended: OSError where one is missing."""
     import imageio.v2 as imageio
-    import imageio_ffmpeg
 
     is_rgb = video.dtype == torch.uint8 and video.ndim == 4 and video.shape[1] == 3
     if not is_rgb or video.shape[2] % 2 or video.shape[3] % 2:
@@ -113,9 +113,10 @@ def write_video(path, video, fps):
     Path(path).unlink(missing_ok=True)  # what is counted below must be new
     try:
         imageio.mimwrite(path, frames, format="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1)
-        found, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+        pixels, _ = decode(path)
+        found = len(pixels) // frames[0].nbytes
         problem = f"{found} of {len(frames)} frames are in it" if found != len(frames) else ""
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
     if problem:
         Path(path).unlink(missing_ok=True)
