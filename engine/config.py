@@ -372,7 +372,12 @@ USAGE = (
 PLAN_OPTIONS = {  # of a dry run: type, bounds, help
     "gpus": (int, 1, 10**5, "GPUs to plan for [default: this launch's; video models without one: 8]"),
     "gpu_memory_gb": (float, 1, 10**4, "memory of one GPU in GiB; refuses what cannot fit"),
-    "gpu_tflops": (float, 1e-3, 10**5, "TFLOP/s that one GPU reaches in bf16, to compute the hours [default: 400]"),
+    "gpu_tflops": (
+        float,
+        1e-3,
+        10**5,
+        "TFLOP/s of the transformer in bf16, to compute the hours [default: 350, LoRA 300]",
+    ),
     "gpu_price": (float, 1e-3, 10**4, "dollars per GPU-hour; prints what the run costs"),
 }
 

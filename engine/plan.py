@@ -25,11 +25,11 @@ VIDEOALIGN = 4 * 2.2e9  # bytes of Qwen2-VL-2B in float32
 TEXT_ENCODER = 2 * 7.07e9  # bytes of the language model of Qwen2.5-VL-7B in bf16, the largest part that is read whole
 VAE_PARAMETERS = 1.26e9
 GPUS_PER_MACHINE = 8
-# Bytes that the VAE takes for each pixel of a tile of 256 × 256 pixels and all frames while it decodes: six feature
-# maps of 128 channels in float32, as traced.
-DECODE_BYTES = 6 * 128 * 4
-TFLOPS = 400.0  # of a GPU at work in bf16; an H100's matrices reach about twice that where nothing else is done
-RATES = {"float32": 1 / 15, "tf32": 1 / 2, "bfloat16": 1, "float16": 1}  # of an H100, by that of bf16
+# TFLOP/s of the transformer in bf16, without and with a LoRA, whose small maps cost more time than FLOPs. Measured on
+# one H200 at 352 × 624 × 81 by paper/gpu.py: RESULTS.md.
+TFLOPS, LORA_TFLOPS = 350.0, 300.0
+RATES = {"float32": 1 / 12, "bfloat16": 1}  # by those 350
+VAE_RATES = {"float32": 1 / 12, "tf32": 0.57, "bfloat16": 0.79, "float16": 0.8}
 # Qwen2-VL-2B's FLOPs for a token of the video, 28 × 28 pixels of 2 frames: 2 for each of 1.3·10⁹ weights of the
 # language model, and for 0.66·10⁹ of the vision tower at each of the token's four patches.
 SCORE_FLOPS = 2 * (1.3e9 + 4 * 0.66e9)
@@ -206,6 +206,15 @@ def vae_bytes(config):
     return 2 if config.vae_dtype in ("bfloat16", "float16") else 4
 
 
+def decode_bytes(frames, vae_dtype):
+    """What the VAE takes while it decodes a tile of 256 × 256 pixels: six feature maps of 128 channels, as traced.
+    cuDNN's kernels for matrix units, all but float32's, take up to a quarter more, as measured on an H200.
+    """
+    width = 2 if vae_dtype in ("bfloat16", "float16") else 4
+    workspace = 1 if vae_dtype == "float32" else 1.25
+    return workspace * 6 * 128 * width * frames * 256**2
+
+
 # ---------------------------------------------------------------------------------------------- memory
 def memory(config, shards, architecture=None):
     """GiB on each GPU, by part, for bf16 compute, where so many GPUs share a model. An estimate, not a measurement.
@@ -275,8 +284,8 @@ def peak_memory(config, shards):
     parts["videoalign"] = VIDEOALIGN / 2**30
     parts["rollout"] = rollout_bytes(config) / 2**30
     update_alone = sum(parts[name] for name in ("activations", "gathered", "gradients"))
-    tile = DECODE_BYTES * vae_bytes(config) / 4 * config.frames * 256**2
-    parts["decode"] = max(0.0, tile / 2**30 - update_alone)
+    tile = decode_bytes(config.frames, config.vae_dtype) / 2**30
+    parts["decode"] = max(0.0, tile - update_alone)
     return parts
 
 
@@ -369,20 +378,24 @@ def measured_tflops(config, line, forward):
     return flops / config.context_parallel / seconds / 1e12
 
 
-def gpu_hours(config, ranks, tflops=TFLOPS):
-    """{part: hours of each GPU in all iterations}, where a GPU reaches so many TFLOP/s in bf16."""
+def usual_tflops(config):
+    return LORA_TFLOPS if config.lora_rank else TFLOPS
+
+
+def gpu_hours(config, ranks, tflops=None):
+    """{part: hours of each GPU in all iterations}, where the transformer reaches so many TFLOP/s in bf16."""
     from video import hunyuan
 
-    rate = 3600e12 * tflops
+    rate = 3600e12 * (tflops or usual_tflops(config))
     scoring = score_flops(config) / RATES["float32"]  # its scores must not change
-    decoding = decode_flops(config.frames, config.height, config.width) / RATES[config.vae_dtype]
+    decoding = decode_flops(config.frames, config.height, config.width) / VAE_RATES[config.vae_dtype]
     transformer = sum(iteration_flops(config, training_flops(config)).values()) / RATES[config.compute_dtype]
 
     eval_size = config.frames, config.eval_height, config.eval_width
     sampled_branches, _ = branches(config)
     sampling = config.eval_steps * sampled_branches * sum(pass_flops(hunyuan.token_count(*eval_size)))
     of_a_video = sampling / config.context_parallel / RATES[config.compute_dtype]
-    of_a_video += decode_flops(*eval_size) / RATES[config.vae_dtype] + scoring
+    of_a_video += decode_flops(*eval_size) / VAE_RATES[config.vae_dtype] + scoring
     evaluations = 1 + math.ceil(config.iterations / config.eval_every)  # the first before training
     videos = len(read_prompts(config.eval_prompts)) * config.eval_noises
     most = math.ceil(videos / (ranks // config.context_parallel))  # on the GPU with most
@@ -402,7 +415,7 @@ def print_cost(config, ranks, tflops, price=None):
     in_all = f"{each:.0f} an iteration, {config.iterations * each:,.0f} a run"
     print(f"passes per video, step   {sum_of(equivalents)} forward passes")
     print(f"PFLOP per GPU            {sum(forward) / 1e15:.2f} a pass, {in_all}")
-    tflops = tflops or TFLOPS
+    tflops = tflops or usual_tflops(config)
     parts = gpu_hours(config, ranks, tflops)
     hours = sum(parts.values())
     minutes = 60 * (hours - parts["evaluations"]) / config.iterations

@@ -574,6 +574,16 @@ def bench_table(parts):
     return markdown_table(("what", "ratio"), rows)
 
 
+def gpu_table(rows):
+    """What paper.gpu has measured."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [
+        [title, *("–" if row.get(name) is None else f"{row[name]:.3g}" for name in names)]
+        for title, row in rows.items()
+    ]
+    return markdown_table(["", *names], lines)
+
+
 def tables(results):
     """{name: text} of everything that the pages take from results.json."""
     verdicts, arms = results["claims"], results["rehearsal"]
@@ -592,6 +602,7 @@ def tables(results):
         "table 2 of the paper": paper_table_2(),
         "extremes on the toy": extremes_table(results["extremes"]),
         "benchmarks": bench_table(results["bench"]),
+        "gpu": gpu_table(results["gpu"]),
         "removed": claims_table(results["removed"]["claims"]),
     }
 

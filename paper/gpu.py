@@ -32,9 +32,10 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
 from engine.config import VAE_DTYPES, Config
-from engine.plan import DECODE_BYTES, decode_flops, gradient_cost, memory, pass_flops
+from engine.plan import decode_bytes, decode_flops, gradient_cost, memory, pass_flops
 from engine.scoring import clock
 from engine.trace import GLYPH_TOKENS, TEXT_TOKENS
+from paper.claims import gpu_table
 from video import hunyuan, kernels
 from video.prompts import Prompt
 
@@ -141,8 +142,7 @@ def measure_decode(vae, size, vae_dtype, device):
     latents = torch.randn(1, *hunyuan.latent_shape(*size), device=device)
     seconds, peak = measured(lambda: hunyuan.HunyuanPolicy.decode(policy, latents), device)
     weights = sum(parameter.nbytes for parameter in vae.parameters())
-    tile = DECODE_BYTES * vae.dtype.itemsize / 4 * size[0] * 256**2
-    computed = (weights + tile) / 2**30
+    computed = (weights + decode_bytes(size[0], vae_dtype)) / 2**30
     rate = decode_flops(*size) / seconds / 1e12
     return {"decode seconds": seconds, "TFLOP/s": rate, "peak GiB": peak, "computed GiB": computed}
 
@@ -200,15 +200,6 @@ def use_kernel(transformer, kernel):
         block.attn.set_processor(hunyuan.UnmaskedAttention([kernel]))
 
 
-def markdown(rows):
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for title, row in rows.items():
-        cells = ["–" if row.get(name) is None else f"{row[name]:.3g}" for name in names]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="measure a tiny model and video")
@@ -231,7 +222,7 @@ def main(arguments=None):
         print(f"{title}: {numbers} ({time.perf_counter() - started:.0f} s)", flush=True)
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(markdown(rows))
+    print(gpu_table(rows))
 
 
 if __name__ == "__main__":

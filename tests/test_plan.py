@@ -178,9 +178,10 @@ def test_rollouts_and_the_decoder_are_a_part_of_the_peak():
     ):
         assert plan.peak_memory(paper(*options), 8)["rollout"] == pytest.approx(8 * latents * latent)
     small = paper("--gpus", "8", "--lora_rank", "8", "--height", "64", "--width", "64")
-    for vae_dtype, width in (("float32", 4), ("tf32", 4), ("bfloat16", 2), ("float16", 2)):
+    # Bytes of a number; and a quarter more where cuDNN's kernels are those for matrix units.
+    for vae_dtype, width, more in (("float32", 4, 1), ("tf32", 4, 1.25), ("bfloat16", 2, 1.25), ("float16", 2, 1.25)):
         parts = plan.peak_memory(replace(small, vae_dtype=vae_dtype), 8)
-        tile = 6 * 128 * width * 81 * 256**2 / 2**30
+        tile = more * 6 * 128 * width * 81 * 256**2 / 2**30
         assert parts["decode"] == pytest.approx(tile - parts["activations"] - parts["gathered"] - parts["gradients"])
         assert parts["decode"] > 4 and parts["vae"] == pytest.approx(width * 1.26e9 / 2**30)
 
@@ -214,10 +215,11 @@ def test_hours_and_price_are_a_hand_made_sum(capsys):
     second = 200e12
     pass_of_a_video = sum(FORWARD_PASS) / second
     passes = sum(equivalents().values())
-    decode = 2 * 674e12 / second  # TF32 has half the rate
-    score = 15 * 4 * 256 * 2 * (1.3e9 + 4 * 0.66e9) / second  # 7 frames of 3.4 s, in pairs; float32 has a fifteenth
+    slower = 1 / 0.57  # in TF32
+    decode = slower * 674e12 / second
+    score = 12 * 4 * 256 * 2 * (1.3e9 + 4 * 0.66e9) / second  # 7 frames of 3.4 s, in pairs; float32 has a twelfth
     training = 10 * 8 * 20 * passes * pass_of_a_video / 3600
-    evaluation = 4 * 6 * (30 * 2 * sum(plan.pass_flops(34_020)) / second + 2 * 1380e12 / second + score) / 3600
+    evaluation = 4 * 6 * (30 * 2 * sum(plan.pass_flops(34_020)) / second + slower * 1380e12 / second + score) / 3600
     expected = [training, 10 * 8 * decode / 3600, 10 * 8 * score / 3600, evaluation]
     pattern = r"hours +transformer (\S+) \+ VAE (\S+) \+ reward model (\S+) \+ evaluations (\S+) = (\S+)"
     printed = re.search(pattern, shown)
@@ -230,8 +232,8 @@ def test_context_parallelism_shares_passes_but_no_decodes():
     alone, shared = (plan.gpu_hours(paper(*options), 8) for options in ([], ["--context_parallel", "2"]))
     assert shared["transformer"] == pytest.approx(alone["transformer"] / 2) and shared["VAE"] == alone["VAE"]
     slow = plan.gpu_hours(paper("--vae_dtype", "float32", "--compute_dtype", "float32"), 8)
-    assert slow["VAE"] == pytest.approx(15 * alone["VAE"])
-    assert slow["transformer"] == pytest.approx(15 * alone["transformer"])
+    assert slow["VAE"] == pytest.approx(12 * 0.8 * alone["VAE"])
+    assert slow["transformer"] == pytest.approx(12 * alone["transformer"])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_gradients_leave_a_machine_once_for_each_pass_of_a_last_micro_batch():
     assert plan.messages(config, 64)["replicas"] == 2 * 2 * (2 * 4 * trained_in() / 8)  # two steps, two branches
 
 
-@pytest.mark.parametrize("preset, gpus, most_passes, most_hours", [("fast", 8, 4.2, 12), ("small", 1, 4.2, 10)])
+@pytest.mark.parametrize("preset, gpus, most_passes, most_hours", [("fast", 8, 4.2, 14), ("small", 1, 4.2, 10)])
 def test_the_cheap_presets_cost_what_is_promised(preset, gpus, most_passes, most_hours):
     config, _ = parse(["--preset", preset, "--dry-run", "--gpus", str(gpus)])
     passes = sum(plan.forward_passes(config, plan.training_flops(config)).values())
