@@ -6,10 +6,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # and about what is here, in each process
 # inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 from hypothesis import settings
 
 import ranks
+from engine import pictures
 from video.numerics import settle_vector_math
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
@@ -17,6 +19,16 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)
 settle_vector_math()
 ranks.obey_cpu_capability()
+
+DRAW = pictures.curves
+pictures.curves = lambda *arguments: None  # more than half of a small run's time
+
+
+@pytest.fixture
+def drawn_curves(monkeypatch):
+    """A test that asks for this has its runs draw their curves."""
+    monkeypatch.setattr(pictures, "curves", DRAW)
+
 
 LONGEST = ("test_ranks.py", "test_miniature.py", "test_rank_failures.py", "test_checkpoint.py")
 

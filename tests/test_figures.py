@@ -173,7 +173,7 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
-def test_pictures_of_a_finished_run(run, monkeypatch):
+def test_pictures_of_a_finished_run(run, monkeypatch, drawn_curves):
     spy = Mock(wraps=figures.pictures.side_by_side)
     monkeypatch.setattr(figures.pictures, "side_by_side", spy)
     notes = Mock(wraps=figures.note)

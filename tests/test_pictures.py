@@ -28,7 +28,7 @@ def test_series_skips_lines_without_the_number():
     assert [len(part) for part in pictures.series(log, "missing")] == [0, 0]
 
 
-def test_curves_of_a_log_with_one_evaluation_alone(tmp_path):
+def test_curves_of_a_log_with_one_evaluation_alone(tmp_path, drawn_curves):
     log = [{"iteration": 0, "eval_reward": 0.5, "eval_VQ": 0.5}]
     pictures.curves(log, 1e-4, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
@@ -47,7 +47,7 @@ def test_the_scores_of_ones_own_reward_are_drawn():
 
 
 @pytest.mark.parametrize("value", [0.1, 0.09999999999999999])
-def test_a_constant_lambda_has_an_axis_without_a_warning(value, recwarn, tmp_path):
+def test_a_constant_lambda_has_an_axis_without_a_warning(value, recwarn, tmp_path, drawn_curves):
     names = ("reward_mean", "kl_velocity", "ratio_mean", "ratio_min", "ratio_max", "grad_norm")
     log = [{"iteration": number, **dict.fromkeys(names, 1.0), "lambda_kl": value} for number in (1, 2)]
     pictures.curves(log, 1e-4, tmp_path / "curves.png")
@@ -226,16 +226,14 @@ def test_no_table_without_the_first_and_the_last_evaluation(iterations, evaluate
     assert told == f"no table of before and after: metrics.jsonl lacks the evaluation of iteration {lacking}"
 
 
-def test_the_table_is_there_though_the_pictures_fail(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pictures, "curves", lambda *arguments: None)
+def test_the_table_is_there_though_the_pictures_fail(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="samples_before.npy"):
         pictures.report(tmp_path, log_of(range(5), {0, 4}), Config(iterations=4), ["a cat"])
     assert "reward" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("begin, has_verdict", [(0, True), (2, False)])
-def test_no_verdict_from_a_log_that_begins_later(tmp_path, capsys, monkeypatch, begin, has_verdict):
-    monkeypatch.setattr(pictures, "curves", lambda *arguments: None)
+def test_no_verdict_from_a_log_that_begins_later(tmp_path, capsys, begin, has_verdict):
     lines = log_of(range(begin, 5), {0, 2, 4})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     Display(tmp_path, Config(model=MINI, iterations=4), OneRank(), 4).end(4, ["a cat"], 1)
