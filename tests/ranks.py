@@ -138,13 +138,13 @@ def obey_cpu_capability():
 
 
 def compare(run):
-    """One run. Those in bf16 make videos, score and draw them. Of the others the training alone is compared."""
+    """One run. That named bf16-full makes videos and scores them. Of the others the training alone is compared."""
     from video import (
         hunyuan,  # here, since conftest.py imports this file for all tests, those of the paper's rooms among them
     )
 
     with ExitStack() as stack:
-        if not any("bf16" in argument for argument in run):
+        if "bf16-full" not in run:
             for replaced in (
                 patch.object(hunyuan.HunyuanPolicy, "decode", lambda policy, latents: latents),
                 patch.object(build, "build_reward", lambda *arguments: (None, None)),
