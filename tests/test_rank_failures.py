@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3600"
 MARK = "a warning that may not be in any file"
 # {fault: number of ranks}. "hang": the second rank hangs and the third is frozen, while all of them are slow to speak.
-FAULTS = {"raises": 2, "bug": 2, "killed": 2, "refused": 2, "hang": 3, "twice": 2, "slow": 2}
+FORKED = {"raises": 2, "bug": 2, "hang": 3}
+# By a command, which hands on signals, and gives a rank time to say why it ends where another has ended.
+LAUNCHED = {"killed": 2, "refused": 2, "twice": 2, "slow": 2}
 ITERATIONS = 4  # faults of the second rank happen in the second iteration; "slow" in the third, after another order
 DELAY = 0.5  # seconds: of "hang", between a look and the judgement of it, 3 times that on the first rank
 SLOW = 12.0  # seconds, so that the interrupts come before its end
@@ -208,11 +211,16 @@ def command_of(fault, folder):
 
 
 def start(fault, folder):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={FAULTS[fault]}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={LAUNCHED[fault]}"]
     with open(folder / "shown", "w") as shown:
         return subprocess.Popen(
             [*torchrun, *command_of(fault, folder)[1:]], cwd=ROOT, env=ENVIRONMENT, stdout=shown, stderr=shown
         )
+
+
+def start_forked(fault, folder):
+    command = command_of(fault, folder)[2:]
+    return forked.start(1, folder / "shown", forked.launch, FORKED[fault], 0, script, *command)
 
 
 def interrupt(process, folder, *numbers):
@@ -228,38 +236,44 @@ def interrupt(process, folder, *numbers):
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory):
     """{fault: (exit code, what was printed, folder, seconds from the fault to the end)}"""
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+    folders = {fault: tmp_path_factory.mktemp(fault) for fault in (*FORKED, *LAUNCHED)}
+    commands = {fault: start(fault, folders[fault]) for fault in LAUNCHED}
+    processes = {fault: start_forked(fault, folders[fault]).processes[0] for fault in FORKED}
+    interrupt(commands["twice"], folders["twice"], signal.SIGINT, signal.SIGINT)
+    interrupt(commands["slow"], folders["slow"], signal.SIGHUP, signal.SIGHUP)  # as a terminal that closes
+    looks = {fault: process.poll for fault, process in commands.items()}
+    looks |= {fault: lambda process=process: process.exitcode for fault, process in processes.items()}
+    ended = wait(looks, commands | processes)
     results = {}
-    names = list(FAULTS)
-    for faults in (names[:4], names[4:]):
-        folders = {fault: tmp_path_factory.mktemp(fault) for fault in faults}
-        processes = {fault: start(fault, folder) for fault, folder in folders.items()}
-        if "twice" in faults:
-            interrupt(processes["twice"], folders["twice"], signal.SIGINT, signal.SIGINT)
-            interrupt(processes["slow"], folders["slow"], signal.SIGHUP, signal.SIGHUP)  # as a terminal that closes
-        ends = wait(processes)
-        for fault, folder in folders.items():
-            fault_at = float((folder / "fault-at").read_text())
-            shown = (folder / "shown").read_text()
-            results[fault] = (processes[fault].returncode, shown, folder, ends[fault] - fault_at)
+    for fault, folder in folders.items():
+        fault_at = float((folder / "fault-at").read_text())
+        code, end = ended[fault]
+        results[fault] = (code, (folder / "shown").read_text(), folder, end - fault_at)
     return results
 
 
-def wait(processes):
-    """{fault: time at which its launch ended}; one that does not end is killed after two minutes."""
-    ends = {}
+def wait(looks, processes):
+    """{fault: (exit code, time) of its launch's end}; one that does not end is terminated after two minutes."""
+    ended = {}
     deadline = time.time() + 120
-    while len(ends) < len(processes):
-        for fault, process in processes.items():
-            if time.time() > deadline and process.poll() is None:
-                process.terminate()
-            if fault not in ends and process.poll() is not None:
-                ends[fault] = time.time()
+    while len(ended) < len(looks):
+        for fault, look in looks.items():
+            if time.time() > deadline and look() is None:
+                processes[fault].terminate()
+            if fault not in ended and look() is not None:
+                ended[fault] = look(), time.time()
         time.sleep(0.05)
-    return ends
+    return ended
 
 
 def lines_of(folder):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def said_and_reported(shown):
+    """What the ranks have said, and what torchrun then reports: its command after a line of its log, and its stack."""
+    return re.split(r"failed \(exitcode| FAILED\n", shown, maxsplit=1)
 
 
 CAUSES = {
@@ -274,8 +288,7 @@ CAUSES = {
 def test_one_cause_in_one_line_and_an_end_in_time(launches, fault):
     code, shown, _, seconds = launches[fault]
     assert code == 1 and seconds < 60
-    # What torchrun prints after it is its own: its stack and its report.
-    printed, _, report = shown.partition("failed (exitcode")
+    printed, report = said_and_reported(shown)
     causes = [line for line in printed.splitlines() if CAUSES[fault] in line]
     assert len(causes) == 1 and causes[0].split("rank ")[1][0] in "012", printed
     assert printed.count("Traceback") == (1 if fault in ("raises", "bug") else 0), printed
@@ -286,7 +299,7 @@ def test_one_cause_in_one_line_and_an_end_in_time(launches, fault):
 def test_a_traceback_is_that_of_the_rank_with_the_bug(launches):
     for fault, place in {"bug": "in velocity\n", "raises": "in fail\n"}.items():
         _, shown, _, _ = launches[fault]
-        assert shown.split("failed (exitcode")[0].count(place) == 1
+        assert said_and_reported(shown)[0].count(place) == 1
 
 
 def test_an_end_before_the_loop_leaves_the_first_rank_the_time_to_say_why(launches):
