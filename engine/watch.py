@@ -63,7 +63,7 @@ class Watch:
         """Begin to watch; a second call changes nothing. Every rank must call it."""
         if self.thread is not None:
             return
-        os.register_at_fork(after_in_child=self.leave_child)
+        os.register_at_fork(before=hold_signals, after_in_parent=let_signals, after_in_child=self.leave_child)
         self.rank, self.world = ranks.rank, ranks.world
         if self.world > 1:
             # A client of its own: that of the process group is blocked while the main thread waits for a key.
@@ -88,17 +88,24 @@ class Watch:
         for number in STOPPING:
             # What nohup ignores stays so. Shells have background jobs ignore SIGINT, too, but `kill -INT` is meant.
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                self.handlers_before[number] = signal.signal(number, lambda number, frame: None)
+                self.handlers_before[number] = signal.signal(number, lambda number, frame: None) or signal.SIG_DFL
 
     def leave_child(self):
-        """In a process forked from this one, say by a reward: it is no rank, and signals mean there what they mean in
-        any process. It shares the wake-up socket, so that a signal to it would be taken for one to this rank.
+        """In a process forked from this one, say by a reward: it is no rank, and SIGTERM ends it, as before the run. It
+        shares the wake-up socket, so that a signal to it would be taken for one to this rank.
+
+        What a terminal sends to all of its processes it ignores: a run that stops after the iteration needs it until
+        then.
         """
         atexit.unregister(self.stop)
         signal.set_wakeup_fd(-1)
         for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if number in (signal.SIGINT, signal.SIGHUP) else handler)
+        if self.thread is not None:
+            self.listen.close()
+            self.wake.close()
         self.__init__()
+        let_signals()
 
     def stop(self):
         """At the regular end of the process, so that the others do not take it for dead.
@@ -252,6 +259,15 @@ class Watch:
 
 
 WATCH = Watch()
+
+
+def hold_signals():
+    """Until a forked process has left the watch, since a signal to it would meet this process's handlers there."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+
+def let_signals():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def enter(name, limit=None):

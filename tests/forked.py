@@ -1,6 +1,6 @@
 """Ranks without a launch: processes forked from the test's own, which has imported what costs each launch seconds.
 
-Commands of torchrun are in test_rank_failures.py.
+torchrun itself, as a command, is tested in test_rank_failures.py.
 """
 
 import gc

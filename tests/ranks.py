@@ -138,7 +138,7 @@ def obey_cpu_capability():
 
 
 def compare(run):
-    """One run. That named bf16-full makes videos and scores them. Of the others the training alone is compared."""
+    """One run. The one named bf16-full makes videos and scores them. Of the others the training alone is compared."""
     from video import (
         hunyuan,  # here, since conftest.py imports this file for all tests, those of the paper's rooms among them
     )

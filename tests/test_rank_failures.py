@@ -19,6 +19,7 @@ import termios
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,9 +42,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "3600"
 MARK = "a warning that may not be in any file"
 # {fault: number of ranks}. "hang": the second rank hangs and the third is frozen, while all of them are slow to speak.
-FORKED = {"raises": 2, "bug": 2, "hang": 3}
-# By a command, which hands on signals, and gives a rank time to say why it ends where another has ended.
-LAUNCHED = {"killed": 2, "refused": 2, "twice": 2, "slow": 2}
+LAUNCHED = {"raises": 2, "killed": 2, "refused": 2, "hang": 3, "twice": 2, "slow": 2}
+FORKED = {"bug": 2}  # by torchrun's agent without its command
 ITERATIONS = 4  # faults of the second rank happen in the second iteration; "slow" in the third, after another order
 DELAY = 0.5  # seconds: of "hang", between a look and the judgement of it, 3 times that on the first rank
 SLOW = 12.0  # seconds, so that the interrupts come before its end
@@ -210,6 +210,9 @@ def command_of(fault, folder):
     return [sys.executable, __file__, fault, str(folder), timeout]
 
 
+INTERRUPTS = {"twice": (signal.SIGINT, signal.SIGINT), "slow": (signal.SIGHUP, signal.SIGHUP)}  # a closing terminal's
+
+
 def start(fault, folder):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={LAUNCHED[fault]}"]
     with open(folder / "shown", "w") as shown:
@@ -236,15 +239,16 @@ def interrupt(process, folder, *numbers):
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory):
     """{fault: (exit code, what was printed, folder, seconds from the fault to the end)}"""
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
     folders = {fault: tmp_path_factory.mktemp(fault) for fault in (*FORKED, *LAUNCHED)}
-    commands = {fault: start(fault, folders[fault]) for fault in LAUNCHED}
     processes = {fault: start_forked(fault, folders[fault]).processes[0] for fault in FORKED}
-    interrupt(commands["twice"], folders["twice"], signal.SIGINT, signal.SIGINT)
-    interrupt(commands["slow"], folders["slow"], signal.SIGHUP, signal.SIGHUP)  # as a terminal that closes
-    looks = {fault: process.poll for fault, process in commands.items()}
-    looks |= {fault: lambda process=process: process.exitcode for fault, process in processes.items()}
-    ended = wait(looks, commands | processes)
+    ended = wait(processes, lambda process: process.exitcode)
+    names = list(LAUNCHED)
+    for faults in (names[:3], names[3:]):
+        processes = {fault: start(fault, folders[fault]) for fault in faults}
+        with ThreadPoolExecutor() as pool:  # while their ends are awaited
+            for fault in INTERRUPTS.keys() & processes.keys():
+                pool.submit(interrupt, processes[fault], folders[fault], *INTERRUPTS[fault])
+            ended |= wait(processes, lambda process: process.poll())
     results = {}
     for fault, folder in folders.items():
         fault_at = float((folder / "fault-at").read_text())
@@ -253,16 +257,16 @@ def launches(tmp_path_factory):
     return results
 
 
-def wait(looks, processes):
+def wait(processes, code_of):
     """{fault: (exit code, time) of its launch's end}; one that does not end is terminated after two minutes."""
     ended = {}
     deadline = time.time() + 120
-    while len(ended) < len(looks):
-        for fault, look in looks.items():
-            if time.time() > deadline and look() is None:
-                processes[fault].terminate()
-            if fault not in ended and look() is not None:
-                ended[fault] = look(), time.time()
+    while len(ended) < len(processes):
+        for fault, process in processes.items():
+            if time.time() > deadline and code_of(process) is None:
+                process.terminate()
+            if fault not in ended and code_of(process) is not None:
+                ended[fault] = code_of(process), time.time()
         time.sleep(0.05)
     return ended
 
@@ -272,7 +276,7 @@ def lines_of(folder):
 
 
 def said_and_reported(shown):
-    """What the ranks have said, and what torchrun then reports: its command after a line of its log, and its stack."""
+    """What the ranks have said, and torchrun's report, from a line of its log on, or of the report where it is forked."""
     return re.split(r"failed \(exitcode| FAILED\n", shown, maxsplit=1)
 
 
@@ -439,23 +443,25 @@ def test_output_that_goes_away_is_dropped_and_what_nohup_ignores_stays_ignored(p
         assert file.is_dir() or MARK.encode() not in file.read_bytes(), file
 
 
-def help_out(ready):
-    ready.set()
+def help_out():
+    """Ends with 3 where it is still a part of the watch, and else with what SIGTERM makes of it."""
+    if signal.set_wakeup_fd(-1) != -1 or WATCH.thread is not None:
+        os._exit(3)
+    os.kill(os.getpid(), signal.SIGINT)  # a terminal's Ctrl-C, which reaches the run, too
     time.sleep(60)
 
 
-def fork_a_child():
-    """A run whose reward forks a helper, as multiprocessing.Pool does, and ends it."""
+def fork_children():
+    """A run whose reward forks helpers, as multiprocessing.Pool does, and ends them, most of them at once."""
     WATCH.start(ranks.OneRank())
     WATCH.saves = True
-    fork = multiprocessing.get_context("fork")
-    ready = fork.Event()
-    helper = fork.Process(target=help_out, args=(ready,))
-    helper.start()
-    assert ready.wait(timeout=20)
-    helper.terminate()
-    helper.join(timeout=20)
-    assert helper.exitcode == -signal.SIGTERM
+    for wait in (0, 0, 0, 0, 0, 0, 0, 0, 1):
+        helper = multiprocessing.get_context("fork").Process(target=help_out)
+        helper.start()
+        time.sleep(wait)
+        helper.terminate()
+        helper.join(timeout=20)
+        assert helper.exitcode == -signal.SIGTERM
     time.sleep(2 * watch.BEAT)
     assert WATCH.asked is None
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -466,7 +472,7 @@ def fork_a_child():
 
 
 def test_a_signal_to_a_process_that_a_reward_forked_is_none_to_the_run(tmp_path):
-    forked.finish(forked.start(1, tmp_path / "shown", fork_a_child))
+    forked.finish(forked.start(1, tmp_path / "shown", fork_children))
 
 
 def test_without_docstrings_a_run_starts_again_with_them(monkeypatch):

@@ -46,6 +46,7 @@ def decode(path):
     command += ["-map", "0:V:0", "-vf", "showinfo=checksum=0", "-fps_mode", "passthrough"]
     command += ["-pix_fmt", "rgb24", "-fs", str(most_bytes()), "-f", "rawvideo", "-"]
     # In a session of its own: Ctrl-C and `timeout` send their signal to the whole group, and a run then still writes.
+    # imageio does the like for the ffmpeg that encodes.
     done = subprocess.run(command, capture_output=True, start_new_session=True)
     told = done.stderr.decode(errors="replace")
     if done.returncode or not done.stdout:
@@ -114,8 +115,8 @@ def write_video(path, video, fps):
     try:
         imageio.mimwrite(path, frames, format="FFMPEG", fps=fps, codec="libx264", quality=9, macro_block_size=1)
         pixels, _ = decode(path)
-        found = len(pixels) // frames[0].nbytes
-        problem = f"{found} of {len(frames)} frames are in it" if found != len(frames) else ""
+        found = len(pixels) / frames[0].nbytes
+        problem = f"{found:g} of {len(frames)} frames are in it" if found != len(frames) else ""
     except (OSError, RuntimeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
     if problem:
