@@ -12,6 +12,7 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
@@ -378,6 +379,24 @@ def test_lora_trains_float32_adapters_that_all_get_gradients(make):
     dtypes = {(p.requires_grad, p.dtype) for p in mixed.module.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)} and cond[0].text.dtype == torch.bfloat16
     assert gradients(mixed, x, cond).keys() == adapters.keys()
+
+
+def test_a_loras_inputs_need_no_cast_of_pefts(make):
+    """Under autocast the same bits come without it, with fewer copies. In float32 there is nothing to cast."""
+    policy, cond, x = make(lora_rank=4, compute_dtype=torch.bfloat16)
+    layers = [module for module in policy.module.modules() if isinstance(module, LoraLayer)]
+    randomise(trainable(policy).values())
+    found = {}
+    for casts in (False, True):
+        for layer in layers if casts else ():  # as it comes without us
+            layer.cast_input_dtype_enabled = True
+        policy.module.zero_grad()
+        with torch.profiler.profile() as profile:
+            found[casts] = gradients(policy, x, cond)
+        found[casts]["copies"] = torch.tensor([e.count for e in profile.key_averages() if e.key == "aten::_to_copy"])
+    copies, pefts_copies = (found[casts].pop("copies") for casts in (False, True))
+    assert pefts_copies - copies > len(layers)
+    assert all(torch.equal(found[False][name], gradient) for name, gradient in found[True].items())
 
 
 def test_lora_starts_by_its_seed_alone_and_leaves_the_global_generator_alone(make):
