@@ -376,7 +376,7 @@ PLAN_OPTIONS = {  # of a dry run: type, bounds, help
         float,
         1e-3,
         10**5,
-        "TFLOP/s of the transformer in bf16, to compute the hours [default: 350, LoRA 300]",
+        "TFLOP/s of the transformer, to compute the hours [default: an H200's]",
     ),
     "gpu_price": (float, 1e-3, 10**4, "dollars per GPU-hour; prints what the run costs"),
 }

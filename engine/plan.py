@@ -25,11 +25,13 @@ VIDEOALIGN = 4 * 2.2e9  # bytes of Qwen2-VL-2B in float32
 TEXT_ENCODER = 2 * 7.07e9  # bytes of the language model of Qwen2.5-VL-7B in bf16, the largest part that is read whole
 VAE_PARAMETERS = 1.26e9
 GPUS_PER_MACHINE = 8
-# TFLOP/s of the transformer in bf16, without and with a LoRA, whose small maps cost more time than FLOPs. Measured on
-# one H200 at 352 × 624 × 81 by paper/gpu.py: RESULTS.md.
-TFLOPS, LORA_TFLOPS = 350.0, 300.0
-RATES = {"float32": 1 / 12, "bfloat16": 1}  # by those 350
-VAE_RATES = {"float32": 1 / 12, "tf32": 0.57, "bfloat16": 0.79, "float16": 0.8}
+# TFLOP/s on one H200, from paper/gpu.py (paper/APPENDIX.md): the passes there take the seconds of these rates to within
+# a tenth. That of the linear maps includes all that is done between them, which takes longer than they do.
+ATTENTION_TFLOPS = 600.0
+LINEAR_TFLOPS, LORA_LINEAR_TFLOPS = 215.0, 175.0
+VAE_TFLOPS = {"float32": 29.0, "tf32": 198.0, "bfloat16": 275.0, "float16": 281.0}
+SCORE_TFLOPS = VAE_TFLOPS["float32"]  # VideoAlign's, assumed
+FLOAT32 = 12  # times the seconds of bf16 for a transformer in float32, assumed: the VAE's ratio and more
 # Qwen2-VL-2B's FLOPs for a token of the video, 28 × 28 pixels of 2 frames: 2 for each of 1.3·10⁹ weights of the
 # language model, and for 0.66·10⁹ of the vision tower at each of the token's four patches.
 SCORE_FLOPS = 2 * (1.3e9 + 4 * 0.66e9)
@@ -208,7 +210,7 @@ def vae_bytes(config):
 
 def decode_bytes(frames, vae_dtype):
     """What the VAE takes while it decodes a tile of 256 × 256 pixels: six feature maps of 128 channels, as traced.
-    cuDNN's kernels for matrix units, all but float32's, take up to a quarter more, as measured on an H200.
+    cuDNN's kernels for TF32, bf16 and fp16 take up to a quarter more, as measured on an H200.
     """
     width = 2 if vae_dtype in ("bfloat16", "float16") else 4
     workspace = 1 if vae_dtype == "float32" else 1.25
@@ -378,32 +380,41 @@ def measured_tflops(config, line, forward):
     return flops / config.context_parallel / seconds / 1e12
 
 
-def usual_tflops(config):
-    return LORA_TFLOPS if config.lora_rank else TFLOPS
+def transformer_tflops(config, forward):
+    """Of the transformer in bf16, on the card that was measured. forward: pass_flops of a video."""
+    linear, attention = forward
+    of_linear = LORA_LINEAR_TFLOPS if config.lora_rank else LINEAR_TFLOPS
+    return (linear + attention) / (linear / of_linear + attention / ATTENTION_TFLOPS)
 
 
 def gpu_hours(config, ranks, tflops=None):
-    """{part: hours of each GPU in all iterations}, where the transformer reaches so many TFLOP/s in bf16."""
+    """{part: hours of each GPU in all iterations}. tflops: of the transformer in training, on another card; then all
+    rates change in proportion.
+    """
     from video import hunyuan
 
-    rate = 3600e12 * (tflops or usual_tflops(config))
-    scoring = score_flops(config) / RATES["float32"]  # its scores must not change
-    decoding = decode_flops(config.frames, config.height, config.width) / VAE_RATES[config.vae_dtype]
-    transformer = sum(iteration_flops(config, training_flops(config)).values()) / RATES[config.compute_dtype]
+    measured = transformer_tflops(config, training_flops(config))
+    hour = 3600e12 * (tflops or measured) / measured  # a rate in TFLOP/s times this is FLOPs
+    slower = FLOAT32 if config.compute_dtype == "float32" else 1
+    scoring = score_flops(config) / SCORE_TFLOPS  # its scores must not change, so it stays in float32
+    vae_tflops = VAE_TFLOPS[config.vae_dtype]
+    decoding = decode_flops(config.frames, config.height, config.width) / vae_tflops
+    transformer = slower * sum(iteration_flops(config, training_flops(config)).values()) / measured
 
     eval_size = config.frames, config.eval_height, config.eval_width
     sampled_branches, _ = branches(config)
-    sampling = config.eval_steps * sampled_branches * sum(pass_flops(hunyuan.token_count(*eval_size)))
-    of_a_video = sampling / config.context_parallel / RATES[config.compute_dtype]
-    of_a_video += decode_flops(*eval_size) / VAE_RATES[config.vae_dtype] + scoring
+    forward = pass_flops(hunyuan.token_count(*eval_size))
+    sampling = config.eval_steps * sampled_branches * sum(forward) / config.context_parallel
+    of_a_video = slower * sampling / transformer_tflops(config, forward)
+    of_a_video += decode_flops(*eval_size) / vae_tflops + scoring
     evaluations = 1 + math.ceil(config.iterations / config.eval_every)  # the first before training
     videos = len(read_prompts(config.eval_prompts)) * config.eval_noises
     most = math.ceil(videos / (ranks // config.context_parallel))  # on the GPU with most
     return {
-        "transformer": config.iterations * transformer / rate,
-        "VAE": config.iterations * config.batch_size * decoding / rate,
-        "reward model": config.iterations * config.batch_size * scoring / rate,
-        "evaluations": evaluations * most * of_a_video / rate,
+        "transformer": config.iterations * transformer / hour,
+        "VAE": config.iterations * config.batch_size * decoding / hour,
+        "reward model": config.iterations * config.batch_size * scoring / hour,
+        "evaluations": evaluations * most * of_a_video / hour,
     }
 
 
@@ -415,12 +426,12 @@ def print_cost(config, ranks, tflops, price=None):
     in_all = f"{each:.0f} an iteration, {config.iterations * each:,.0f} a run"
     print(f"passes per video, step   {sum_of(equivalents)} forward passes")
     print(f"PFLOP per GPU            {sum(forward) / 1e15:.2f} a pass, {in_all}")
-    tflops = tflops or usual_tflops(config)
     parts = gpu_hours(config, ranks, tflops)
+    tflops = tflops or transformer_tflops(config, forward)
     hours = sum(parts.values())
     minutes = 60 * (hours - parts["evaluations"]) / config.iterations
     print(
-        f"time at {tflops:g} TFLOP/s      {minutes:.1f} minutes an iteration; messages, saves and waiting not counted"
+        f"time at {tflops:.0f} TFLOP/s      {minutes:.1f} minutes an iteration; messages, saves and waiting not counted"
     )
     print(f"hours                    {sum_of(parts)} for all {config.iterations} iterations")
     if config.attention == "auto":

@@ -150,7 +150,8 @@ def measure_decode(vae, size, vae_dtype, device):
 def measure_all(device, sizes, architecture, vae_config, side):
     """Yield (row, {number: value})."""
     rate = matrix_rate(device, side)
-    yield f"{device}, bf16 matrices of {side} × {side}", {"TFLOP/s": rate / 1e12}
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    yield f"{card}, bf16 matrices of {side} × {side}", {"TFLOP/s": rate / 1e12}
     small, *larger = sizes
     policy = random_policy(device, architecture, LORA_RANK)
     seconds = {}

@@ -30,6 +30,14 @@ def drawn_curves(monkeypatch):
     monkeypatch.setattr(pictures, "curves", DRAW)
 
 
+@pytest.fixture(scope="module")
+def always_drawn_curves():
+    """The same for all tests of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "curves", DRAW)
+        yield
+
+
 LONGEST = ("test_ranks.py", "test_miniature.py", "test_rank_failures.py", "test_checkpoint.py")
 
 

@@ -16,7 +16,7 @@ from video.mp4 import read_video
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, always_drawn_curves):
     """The tiny preset, with the tiny VideoAlign as its reward."""
     folder = tmp_path_factory.mktemp("tiny")
     train.main(["--preset", "tiny", "--runs", str(folder), "--learning_rate", "3e-3", "--name", "tiny"])
@@ -31,6 +31,7 @@ def test_the_tiny_run_takes_every_part_of_the_full_one(run):
     for line in lines[1:]:
         assert line["ratio_min"] == pytest.approx(1, abs=1e-5) and line["group_std"] > 0
     assert lines[2]["kl_position"] > 0 and lines[2]["grad_norm"] > 0
+    assert (run / "curves.png").stat().st_size > 10_000
     assert lines[-1]["eval_VQ"] != lines[0]["eval_VQ"] and "eval_Overall" in lines[0]
 
 

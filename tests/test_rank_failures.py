@@ -276,7 +276,7 @@ def lines_of(folder):
 
 
 def said_and_reported(shown):
-    """What the ranks have said, and torchrun's report, from a line of its log on, or of the report where it is forked."""
+    """What the ranks have said, and torchrun's report: from its log's first line on, or where forked from its own."""
     return re.split(r"failed \(exitcode| FAILED\n", shown, maxsplit=1)
 
 
