@@ -11,7 +11,7 @@ import torch
 
 import train
 from engine.config import Config, parse
-from engine.plan import checkpoint_bytes, peak_memory
+from engine.plan import checkpoint_bytes, gpu_hours, peak_memory
 from grpo import collect, update
 from sde import SDE, sigma_schedule
 
@@ -150,11 +150,13 @@ def test_the_table_of_gpus_holds_what_is_planned():
     rows = [row.split("|")[1:-1] for row in section("RUNNING.md", "GPUs and machines").splitlines() if "GPU" not in row]
     rows = [[cell.strip() for cell in cells] for cells in rows if len(cells) == 6 and cells[0].strip().isdigit()]
     assert len(rows) == 6
-    for gpus, command, _, _, gib, disk in rows:
+    for gpus, command, _, hours, gib, disk in rows:
         (options,) = re.findall(r"`python train\.py (.*?)`", command) or ["--preset paper --replicate 8"]
         config, _ = parse([*options.split(), "--dry-run", "--gpus", gpus])
         assert float(gib) == pytest.approx(sum(peak_memory(config, int(gpus) // config.replicate).values()), abs=0.6)
         assert float(disk) == pytest.approx(3 * checkpoint_bytes(config) / 1e9, abs=1)
+        (planned,) = re.findall(r"^[\d.]+", hours)
+        assert float(planned) == pytest.approx(sum(gpu_hours(config, int(gpus)).values()), abs=0.06)
 
 
 def test_every_logged_metric_is_explained_once(tmp_path):
