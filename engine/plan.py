@@ -3,7 +3,7 @@
     arithmetic      samples, passes, optimizer steps; every run prints it at its start
     print_cost      passes of the transformer, FLOPs, hours, disk and messages
     print_memory    GiB on each GPU, by part
-All of it is computed from the settings and the sizes of the released architecture; nothing is measured. trace.py runs
+All of it is computed from the settings, the sizes of the released architecture and the rates of one GPU. trace.py runs
 an iteration of the real code on tensors without data, and tests/test_trace.py compares the two.
 
 A forward pass has two kinds of FLOPs, (linear, attention), since backward multiplies them differently.
@@ -31,7 +31,7 @@ ATTENTION_TFLOPS = 600.0
 LINEAR_TFLOPS, LORA_LINEAR_TFLOPS = 215.0, 175.0
 VAE_TFLOPS = {"float32": 29.0, "tf32": 198.0, "bfloat16": 275.0, "float16": 281.0}
 SCORE_TFLOPS = VAE_TFLOPS["float32"]  # VideoAlign's, assumed
-FLOAT32 = 12  # times the seconds of bf16 for a transformer in float32, assumed: the VAE's ratio and more
+SLOWER = {"bfloat16": 1, "float32": 12}  # times the seconds in bf16; of a transformer in float32 it is assumed
 # Qwen2-VL-2B's FLOPs for a token of the video, 28 × 28 pixels of 2 frames: 2 for each of 1.3·10⁹ weights of the
 # language model, and for 0.66·10⁹ of the vision tower at each of the token's four patches.
 SCORE_FLOPS = 2 * (1.3e9 + 4 * 0.66e9)
@@ -203,18 +203,17 @@ def score_flops(config):
     return SCORE_FLOPS * TOKENS_PER_PAIR * pairs
 
 
-def vae_bytes(config):
+def vae_bytes(vae_dtype):
     """Of one number."""
-    return 2 if config.vae_dtype in ("bfloat16", "float16") else 4
+    return 2 if vae_dtype in ("bfloat16", "float16") else 4
 
 
 def decode_bytes(frames, vae_dtype):
     """What the VAE takes while it decodes a tile of 256 × 256 pixels: six feature maps of 128 channels, as traced.
     cuDNN's kernels for TF32, bf16 and fp16 take up to a quarter more, as measured on an H200.
     """
-    width = 2 if vae_dtype in ("bfloat16", "float16") else 4
     workspace = 1 if vae_dtype == "float32" else 1.25
-    return workspace * 6 * 128 * width * frames * 256**2
+    return workspace * 6 * 128 * vae_bytes(vae_dtype) * frames * 256**2
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -259,7 +258,7 @@ def memory(config, shards, architecture=None):
         "optimizer": moments / shards,
         "anchor": 4 * trained / shards if config.has_anchor and not config.anchor_offload else 0,
         "activations": stored_blocks + running_block,
-        "vae": vae_bytes(config) * VAE_PARAMETERS,
+        "vae": vae_bytes(config.vae_dtype) * VAE_PARAMETERS,
     }
     return {name: size / 2**30 for name, size in parts.items()}
 
@@ -387,35 +386,39 @@ def transformer_tflops(config, forward):
     return (linear + attention) / (linear / of_linear + attention / ATTENTION_TFLOPS)
 
 
-def gpu_hours(config, ranks, tflops=None):
-    """{part: hours of each GPU in all iterations}. tflops: of the transformer in training, on another card; then all
-    rates change in proportion.
+def gpu_seconds(config, forward, transformer, decode, score, tflops=None):
+    """{part: seconds of one GPU for so many FLOPs of it}, by the rates that were measured. forward: pass_flops of the
+    video that they are spent on. tflops: the transformer's in training, on another card, whose other rates then differ
+    in proportion.
     """
+    usual = transformer_tflops(config, training_flops(config))
+    faster = 1e12 * (tflops or usual) / usual
+    return {
+        "transformer": SLOWER[config.compute_dtype] * transformer / transformer_tflops(config, forward) / faster,
+        "VAE": decode / VAE_TFLOPS[config.vae_dtype] / faster,
+        "reward model": score / SCORE_TFLOPS / faster,  # in float32, since its scores must not change
+    }
+
+
+def gpu_hours(config, ranks, tflops=None):
+    """{part: hours of each GPU in all iterations}. tflops: see gpu_seconds."""
     from video import hunyuan
 
-    measured = transformer_tflops(config, training_flops(config))
-    hour = 3600e12 * (tflops or measured) / measured  # a rate in TFLOP/s times this is FLOPs
-    slower = FLOAT32 if config.compute_dtype == "float32" else 1
-    scoring = score_flops(config) / SCORE_TFLOPS  # its scores must not change, so it stays in float32
-    vae_tflops = VAE_TFLOPS[config.vae_dtype]
-    decoding = decode_flops(config.frames, config.height, config.width) / vae_tflops
-    transformer = slower * sum(iteration_flops(config, training_flops(config)).values()) / measured
+    forward, score = training_flops(config), score_flops(config)
+    transformer = sum(iteration_flops(config, forward).values())
+    decode = config.batch_size * decode_flops(config.frames, config.height, config.width)
+    iteration = gpu_seconds(config, forward, transformer, decode, config.batch_size * score, tflops)
+    hours = {part: config.iterations * seconds / 3600 for part, seconds in iteration.items()}
 
     eval_size = config.frames, config.eval_height, config.eval_width
-    sampled_branches, _ = branches(config)
     forward = pass_flops(hunyuan.token_count(*eval_size))
+    sampled_branches, _ = branches(config)
     sampling = config.eval_steps * sampled_branches * sum(forward) / config.context_parallel
-    of_a_video = slower * sampling / transformer_tflops(config, forward)
-    of_a_video += decode_flops(*eval_size) / vae_tflops + scoring
+    of_a_video = sum(gpu_seconds(config, forward, sampling, decode_flops(*eval_size), score, tflops).values())
     evaluations = 1 + math.ceil(config.iterations / config.eval_every)  # the first before training
     videos = len(read_prompts(config.eval_prompts)) * config.eval_noises
     most = math.ceil(videos / (ranks // config.context_parallel))  # on the GPU with most
-    return {
-        "transformer": config.iterations * transformer / hour,
-        "VAE": config.iterations * config.batch_size * decoding / hour,
-        "reward model": config.iterations * config.batch_size * scoring / hour,
-        "evaluations": evaluations * most * of_a_video / hour,
-    }
+    return hours | {"evaluations": evaluations * most * of_a_video / 3600}
 
 
 def print_cost(config, ranks, tflops, price=None):

@@ -20,16 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from engine.plan import (
-    FLOAT32,
-    VAE_TFLOPS,
-    VIDEOALIGN,
-    branches,
-    peak_memory,
-    reference_share,
-    training_flops,
-    transformer_tflops,
-)
+from engine.plan import VIDEOALIGN, branches, gpu_seconds, peak_memory, reference_share, training_flops
 from grpo import Batch, copies_in_update, micro_batch_loss, samples_in_update
 from sde import Trajectory
 from video import files, hunyuan
@@ -351,10 +342,8 @@ def print_trace(config, processes, tflops, make_optimizers, make_anchor):
     shown = " + ".join(f"{name} {share:.2f}" for name, share in shares.items())
     print(f"traced passes            {shown} = {sum(shares.values()):.2f} forward passes for each video and step")
     iteration = sum(flops.values())
-    measured = transformer_tflops(config, training_flops(config))
-    slower = FLOAT32 if config.compute_dtype == "float32" else 1
-    seconds = slower * (iteration - flops["decode"]) / measured + flops["decode"] / VAE_TFLOPS[config.vae_dtype]
-    seconds /= 1e12 * (tflops or measured) / measured
+    decode = flops["decode"]
+    seconds = sum(gpu_seconds(config, training_flops(config), iteration - decode, decode, 0, tflops).values())
     hours = config.iterations * seconds / 3600
     print(
         f"traced PFLOP             {iteration / 1e15:.0f} an iteration and GPU, VAE and {TEXT_TOKENS} text tokens"

@@ -63,7 +63,6 @@ class Watch:
         """Begin to watch; a second call changes nothing. Every rank must call it."""
         if self.thread is not None:
             return
-        os.register_at_fork(before=hold_signals, after_in_parent=let_signals, after_in_child=self.leave_child)
         self.rank, self.world = ranks.rank, ranks.world
         if self.world > 1:
             # A client of its own: that of the process group is blocked while the main thread waits for a key.
@@ -101,11 +100,9 @@ class Watch:
         signal.set_wakeup_fd(-1)
         for number, handler in self.handlers_before.items():
             signal.signal(number, signal.SIG_IGN if number in (signal.SIGINT, signal.SIGHUP) else handler)
-        if self.thread is not None:
-            self.listen.close()
-            self.wake.close()
+        self.listen.close()
+        self.wake.close()
         self.__init__()
-        let_signals()
 
     def stop(self):
         """At the regular end of the process, so that the others do not take it for dead.
@@ -261,13 +258,26 @@ class Watch:
 WATCH = Watch()
 
 
+# ---------------------------------------------------------------------------------------- forks
+FORK = threading.local()  # of the thread that forks: its signal mask before
+
+
 def hold_signals():
     """Until a forked process has left the watch, since a signal to it would meet this process's handlers there."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    FORK.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
 def let_signals():
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    signal.pthread_sigmask(signal.SIG_SETMASK, FORK.mask)
+
+
+def begin_child():
+    if WATCH.thread is not None:
+        WATCH.leave_child()
+    let_signals()
+
+
+os.register_at_fork(before=hold_signals, after_in_parent=let_signals, after_in_child=begin_child)
 
 
 def enter(name, limit=None):

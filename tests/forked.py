@@ -1,6 +1,6 @@
 """Ranks without a launch: processes forked from the test's own, which has imported what costs each launch seconds.
 
-torchrun itself, as a command, is tested in test_rank_failures.py.
+Launches themselves are tested in test_rank_failures.py.
 """
 
 import gc
@@ -10,8 +10,6 @@ import sys
 
 import torch.distributed as dist
 import torch.multiprocessing
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def start(count, output, work, *arguments):
@@ -34,17 +32,6 @@ def rank(number, count, port, output, work, arguments):
     work(*arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def launch(count, max_restarts, work, *arguments):
-    """torchrun's agent, whose ranks are forked; it prints torchrun's report and exits as torchrun does."""
-    nodes = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=max_restarts, run_id="x")
-    nodes.start_method, nodes.rdzv_backend, nodes.rdzv_endpoint = "fork", "c10d", "127.0.0.1:0"
-    try:
-        record(elastic_launch(nodes, work))(*arguments)
-    except ChildFailedError as report:
-        print(report, flush=True)
-        raise SystemExit(1) from None
 
 
 def finish(ranks):

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import faults
 import ranks
@@ -819,10 +820,16 @@ def test_log_and_pictures_may_fail(run, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- restarts
+def restarted(place):
+    """torchrun's agent, whose ranks are forked."""
+    nodes = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, start_method="fork", run_id="x")
+    nodes.rdzv_backend, nodes.rdzv_endpoint = "c10d", "127.0.0.1:0"
+    elastic_launch(nodes, two_ranks)("killed", place)
+
+
 def test_a_restarted_launch_goes_on_in_the_same_folder(tmp_path):
     """torchrun --max-restarts on two ranks, of which one is killed with -9 after the second checkpoint."""
-    launch = forked.start(1, tmp_path / "shown", forked.launch, 2, 1, two_ranks, "killed", tmp_path)
-    (code,) = forked.exit_codes(launch)
+    (code,) = forked.exit_codes(forked.start(1, tmp_path / "shown", restarted, tmp_path))
     shown = (tmp_path / "shown").read_text(encoding="utf-8")
     assert code == 0, shown[-3000:]
     assert f"a restart of this launch goes on in {tmp_path / 'run'}" in shown
