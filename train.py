@@ -34,7 +34,7 @@ from engine.plan import arithmetic, print_cost, print_memory
 from engine.presets import BUILT_IN
 from engine.ranks import FolderError, check_launch_variables, launch_on_all_gpus, on_first_rank, own_rank, setup_ranks
 from engine.scoring import Scorer
-from engine.show import Display, throughput
+from engine.show import Display, flops_of_a_pass, throughput
 from engine.watch import WATCH, enter, run_as_rank
 from grpo import collect, update
 from video.numerics import settle_vector_math
@@ -84,7 +84,7 @@ def train(config, run, check_lock, chosen, changes, log, ranks, device, mesh):
         check_lock()
     log.append(line)
 
-    display = Display(run, config, ranks, iteration)
+    display, forward = Display(run, config, ranks, iteration), flops_of_a_pass(config, policy)
     WATCH.saves = True  # from here on a signal asks for a save
     stop = False
     while iteration < config.iterations and not stop:
@@ -103,7 +103,7 @@ def train(config, run, check_lock, chosen, changes, log, ranks, device, mesh):
         for cause in reward.failures:
             print(f"rank {ranks.rank}, iteration {iteration}: not scored: {cause}", file=sys.stderr)
         line = {"iteration": iteration, **batch.metrics, **reward.seconds, **metrics}
-        line |= {"optimizer_steps_made": steps_made, **throughput(config, policy, line, device, ranks)}
+        line |= {"optimizer_steps_made": steps_made, **throughput(config, forward, line, device, ranks)}
         if changes:  # settings that the run went on with; the first line that they made says so
             line["allowed"], changes = changes, {}
 
@@ -135,7 +135,7 @@ def print_plan(config, options):
         if options.trace:
             from engine.trace import print_trace
 
-            print_trace(config, ranks, options.gpu_tflops, make_optimizers, make_anchor)
+            print_trace(config, ranks, options.gpu_tflops)
 
 
 def export(config, options, ranks, device, mesh):

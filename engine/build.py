@@ -24,21 +24,17 @@ def build(config, run, ranks, device, mesh):
     if config.model == TINY:
         prompts, eval_prompts = prompts[:4], eval_prompts[:4]
     if config.model in BUILT_IN:
-        write_small_models(config.model, run / config.model, ranks, device)
+        write_small_models(config.model, run / config.model, ranks)
     policy = load_hunyuan(config, run, device, mesh, ranks.context)
     if ranks.rank == 0:  # now, so that the text encoders come and go once; the other ranks find the prompts encoded
         policy.encode(prompts + eval_prompts)
-    wait_for_all(ranks, device)
+    ranks.exchange(None)  # all wait for it
     policy.encode(prompts + eval_prompts)
     reward, eval_reward = build_reward(config, run, device)  # its 8 GiB after the text encoders' 13, not beside them
     return policy, reward, eval_reward, prompts, eval_prompts
 
 
-def wait_for_all(ranks, device):
-    ranks.gather(torch.zeros(1, device=device)).sum().item()
-
-
-def write_small_models(model, folder, ranks, device):
+def write_small_models(model, folder, ranks):
     """Write the models that a preset brings along into the run folder, by the first rank."""
     from tiny.hunyuan import build_tiny_hunyuan
     from tiny.miniature import build_miniature
@@ -54,7 +50,7 @@ def write_small_models(model, folder, ranks, device):
             build_tiny_template(folder / "videoalign_repo")
         obey_umask(folder)
         (folder / "complete").touch()
-    wait_for_all(ranks, device)  # nobody reads before it is written
+    ranks.exchange(None)  # nobody reads before it is written
 
 
 def check_written(folder, check, *arguments):

@@ -23,7 +23,7 @@ import torch
 from engine.draws import generator
 from engine.folder import LOG, is_taken, read_settings, taken
 from engine.presets import BUILT_IN, MINI, MINI_LORA, MINI_UNREAD, PRESETS, TINY, TOY
-from engine.ranks import FolderError, on_first_rank
+from engine.ranks import FolderError, on_first_rank, short_digest
 from engine.scoring import check_weights, load_reward, try_reward
 from grpo import micro_batches_per_step, samples_in_update
 from prompts import STARTER_EVAL, STARTER_TRAIN, read_prompts, unprintable
@@ -715,7 +715,7 @@ def state_of_file(path):
     state = path.stat()
     if state.st_size > SMALL_FILE:
         return f"{state.st_size:,} bytes of {datetime.fromtimestamp(state.st_mtime, UTC).isoformat()}"
-    return f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest():.12}…"
+    return short_digest(path)
 
 
 def first_difference(saved, now):

@@ -170,11 +170,11 @@ def pass_flops(tokens, architecture=None):
     return 2 * weights * tokens, 4 * tokens**2 * width * sizes.num_layers
 
 
-def training_flops(config):
+def training_flops(config, architecture=None):
     """pass_flops of a video of the rollouts."""
     from video import hunyuan
 
-    return pass_flops(hunyuan.token_count(config.frames, config.height, config.width))
+    return pass_flops(hunyuan.token_count(config.frames, config.height, config.width), architecture)
 
 
 def decode_flops(frames, height, width):
@@ -351,11 +351,14 @@ def gradient_cost(config):
     return linear, attention
 
 
+def flops_with_backward(config, forward):
+    """FLOPs of a pass with gradient. forward: pass_flops of a video."""
+    return sum(times * flops for times, flops in zip(gradient_cost(config), forward, strict=True))
+
+
 def forward_passes(config, forward):
     """{purpose: forward passes of the same FLOPs, for each video and step}. forward: pass_flops of a video."""
-    linear, attention = forward
-    more_linear, more_attention = gradient_cost(config)
-    with_gradient = (more_linear * linear + more_attention * attention) / (linear + attention)
+    with_gradient = flops_with_backward(config, forward) / sum(forward)
     return {name: plain + with_gradient * trained for name, (plain, trained) in passes(config).items()}
 
 
@@ -370,11 +373,10 @@ def measured_tflops(config, line, forward):
 
     forward: pass_flops of a video.
     """
-    linear, attention = gradient_cost(config)
     _, trained_branches = branches(config)
     trained = samples_in_update(config) * config.trained_steps() * trained_branches
     plain = line["rollout_passes"] + line["update_passes"] - trained
-    flops = (plain + trained * linear) * forward[0] + (plain + trained * attention) * forward[1]
+    flops = plain * sum(forward) + trained * flops_with_backward(config, forward)
     seconds = line["rollout_seconds"] + line["update_seconds"]
     return flops / config.context_parallel / seconds / 1e12
 

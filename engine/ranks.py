@@ -131,8 +131,12 @@ def code_digests():
         files += (root / room).glob("*.py")
     digests = {}
     for file in sorted(files):
-        digests[str(file.relative_to(root))] = f"SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest():.12}…"
+        digests[str(file.relative_to(root))] = short_digest(file)
     return digests
+
+
+def short_digest(path):
+    return f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest():.12}…"
 
 
 def launch_on_all_gpus(config):

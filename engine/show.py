@@ -9,7 +9,7 @@ from tqdm import tqdm
 from engine import pictures
 from engine.config import departures
 from engine.folder import read_log, tensorboard, warn_of_failure
-from engine.plan import measured_tflops, pass_flops
+from engine.plan import measured_tflops, training_flops
 from engine.presets import MINI, TOY
 from grpo import RATIO_CAUSES
 
@@ -56,11 +56,12 @@ class Display:
             return
         with warn_of_failure("drawing the run's pictures", Exception):
             pictures.report(run, read_log(run), config, eval_prompts)
-        if config.model == MINI and not pictures.missing_evaluations(read_log(run), config.iterations):
+        if config.model == MINI:
             from tiny import miniature
 
-            differing = departures(config, world_size)
-            print(miniature.verdict(read_log(run), differing, lora=config.lora_rank > 0))
+            log = read_log(run)
+            if not pictures.missing_evaluations(log, config.iterations):
+                print(miniature.verdict(log, departures(config, world_size), lora=config.lora_rank > 0))
 
 
 def warn(line, clip_range):
@@ -89,18 +90,20 @@ def draw_curves(run, config):
         pictures.curves(read_log(run), config.clip_range, run / "curves.png")
 
 
-def throughput(config, policy, line, device, ranks):
-    """What the last iteration made of a GPU, or of a CPU.
+def flops_of_a_pass(config, policy):
+    """plan.pass_flops of a video of the rollouts, by the policy's own sizes; None for the toy."""
+    return None if config.model == TOY else training_flops(config, policy.module.config)
+
+
+def throughput(config, forward, line, device, ranks):
+    """What the last iteration made of a GPU, or of a CPU. forward: flops_of_a_pass.
 
     tflops         of the video model: FLOPs of the passes that the line counts, by the seconds of rollout and update
     peak_gpu_gib   of a GPU: the most that tensors took since the last call, on the rank with most
     """
-    if config.model == TOY:
+    if forward is None:
         return {}
-    from video import hunyuan
-
-    tokens = hunyuan.token_count(config.frames, config.height, config.width)
-    rate = {"tflops": measured_tflops(config, line, pass_flops(tokens, policy.module.config))}
+    rate = {"tflops": measured_tflops(config, line, forward)}
     if device.type != "cuda":
         return rate
     peak = torch.cuda.max_memory_allocated(device) / 2**30

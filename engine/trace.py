@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from engine.build import make_anchor, make_optimizers
 from engine.plan import VIDEOALIGN, branches, gpu_seconds, peak_memory, reference_share, training_flops
 from grpo import Batch, copies_in_update, micro_batch_loss, samples_in_update
 from sde import Trajectory
@@ -176,11 +177,11 @@ def meta_policy(config, mesh, context, architecture=None):
     )
 
 
-def trace(config, processes, make_optimizers, make_anchor, architecture=None):
+def trace(config, processes, architecture=None):
     """A Ledger of the second iteration of a run: the real code, on tensors that have sizes but no data.
 
     Each phase runs once, on one micro-batch where it runs over micro-batches, and is counted as often as an iteration
-    runs it. make_optimizers, make_anchor: train.py's.
+    runs it.
     """
     # Here, since they are no public part of PyTorch, and no run should depend on them.
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -194,7 +195,7 @@ def trace(config, processes, make_optimizers, make_anchor, architecture=None):
     try:
         policy, sde = meta_policy(config, mesh, context, architecture), config.sde()
         with FakeTensorMode(allow_non_fake_inputs=True), WithoutData(), Ledger() as ledger:
-            run = TracedRun(config, policy, sde, ledger, make_optimizers, make_anchor)
+            run = TracedRun(config, policy, sde, ledger)
             run.fill_gradients()
             run.optimizer_step()  # that of the first iteration, which makes the moments
             run.iteration()
@@ -224,7 +225,7 @@ def phase_counts(config):
 class TracedRun:
     """A policy, its optimizers and its anchor, and the phases of an iteration."""
 
-    def __init__(self, config, policy, sde, ledger, make_optimizers, make_anchor):
+    def __init__(self, config, policy, sde, ledger):
         self.config, self.policy, self.sde, self.ledger = config, policy, sde, ledger
         self.module = policy.module
         self.module.to_empty(device="cpu")
@@ -318,10 +319,10 @@ class TracedRun:
             optimizer.zero_grad()
 
 
-def print_trace(config, processes, tflops, make_optimizers, make_anchor):
+def print_trace(config, processes, tflops):
     """The trace as a table, and what follows from it."""
     started = time.perf_counter()
-    ledger = trace(config, processes, make_optimizers, make_anchor)
+    ledger = trace(config, processes)
     counts, reward = phase_counts(config), VIDEOALIGN / 2**30
     print(f"traced, on each GPU      GiB at the peak of each phase; {reward:.1f} of them are VideoAlign's weights")
     moved, peaks, flops = 0.0, {}, {}

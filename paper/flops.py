@@ -8,7 +8,6 @@ from engine import plan
 from engine.config import parse
 from engine.presets import MINI
 from tiny import miniature
-from video import hunyuan
 
 
 @functools.cache
@@ -30,7 +29,7 @@ def run_tflop(options):
     options: a tuple of command-line options. Evaluations, VAE and rewards are not counted.
     """
     config, _ = parse(["--preset", MINI, *options, "--dry-run"])
-    forward = plan.pass_flops(hunyuan.token_count(config.frames, config.height, config.width), architecture())
+    forward = plan.training_flops(config, architecture())
     passes = plan.iteration_flops(config, forward)
     flops = config.iterations * (passes["rollout"] + passes["update"])
     if config.has_anchor:

@@ -32,7 +32,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
 from engine.config import VAE_DTYPES, Config
-from engine.plan import decode_bytes, decode_flops, gradient_cost, memory, pass_flops
+from engine.plan import decode_bytes, decode_flops, flops_with_backward, memory, pass_flops
 from engine.scoring import clock
 from engine.trace import GLYPH_TOKENS, TEXT_TOKENS
 from paper.claims import gpu_table
@@ -116,9 +116,9 @@ def measure_pass(policy, size, rate, device, lora_rank=LORA_RANK, checkpointing=
     return {
         "forward seconds": forward_seconds,
         "with backward": seconds,
-        "TFLOP/s": flops_with_backward(per_pass, config) / seconds / 1e12,
+        "TFLOP/s": flops_with_backward(config, per_pass) / seconds / 1e12,
         "share forward": sum(per_pass) / forward_seconds / rate,
-        "share with backward": flops_with_backward(per_pass, replace(config, checkpointing="none")) / seconds / rate,
+        "share with backward": flops_with_backward(replace(config, checkpointing="none"), per_pass) / seconds / rate,
         "peak GiB": peak,
         "computed GiB": sum(parts[name] for name in ("weights", "gathered", "gradients", "activations")),
     }
@@ -129,11 +129,6 @@ def settings(size, lora_rank, checkpointing):
     frames, height, width = size
     video = {"frames": frames, "height": height, "width": width, "guidance_scale": 1.0}
     return Config(lora_rank=lora_rank, checkpointing=checkpointing, **video)
-
-
-def flops_with_backward(per_pass, config):
-    """FLOPs of a pass with backward."""
-    return sum(times * flops for times, flops in zip(gradient_cost(config), per_pass, strict=True))
 
 
 def measure_decode(vae, size, vae_dtype, device):

@@ -82,7 +82,7 @@ def test_model_and_rewards_are_given_what_the_settings_say(tmp_path, monkeypatch
     config = Config(**OFF | {name: str(path) for name, path in files.items()})
     loaded = recorder(monkeypatch, hunyuan, "load")
     made = {name: recorder(monkeypatch, module, name) for module, name in SCORERS}
-    ranks = SimpleNamespace(rank=1, context=CONTEXT, gather=lambda values: values)
+    ranks = SimpleNamespace(rank=1, context=CONTEXT, exchange=lambda value: [value])
     policy, reward, eval_reward, prompts, eval_prompts = train.build(config, tmp_path, ranks, DEVICE, MESH)
     assert loaded == [LOADED, ["a red ball", "a blue cube", "a green fish"]]  # load, then encode
     assert prompts == ["a red ball", "a blue cube"] and eval_prompts == ["a green fish"]
@@ -99,7 +99,7 @@ def test_the_first_rank_encodes_alone_at_first(monkeypatch, tmp_path):
     """The others encode once it is done, and so find the prompts in the cache."""
     loaded, reward = recorder(monkeypatch, hunyuan, "load"), object()
     monkeypatch.setattr(build, "build_reward", lambda *arguments: loaded.append("reward") or (reward, reward))
-    waits = SimpleNamespace(rank=0, context=None, gather=lambda values: loaded.append("wait") or values)
+    waits = SimpleNamespace(rank=0, context=None, exchange=lambda value: loaded.append("wait"))
     train.build(Config(model="some/model", runs="some/runs"), tmp_path, waits, DEVICE, None)
     arguments, first, wait, again, last = loaded
     assert wait == "wait" and first == again and len(first) == 64 + 16
@@ -178,7 +178,7 @@ def test_a_damaged_model_of_the_runs_own_is_written_again(tmp_path):
     config, fix = Config(model="mini"), f"; delete {tmp_path / 'mini'}: a run that goes on writes it again"
 
     def written():
-        build.write_small_models("mini", tmp_path / "mini", OneRank(), "cpu")
+        build.write_small_models("mini", tmp_path / "mini", OneRank())
         return tmp_path / "mini" / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
 
     def load():

@@ -529,7 +529,7 @@ def of_model(tmp_path_factory):
     (place / "prompts.txt").write_text("a cat\n", encoding="utf-8")
     before = os.umask(UMASK)
     try:
-        write_small_models("tiny", place / "files", OneRank(), torch.device("cpu"))
+        write_small_models("tiny", place / "files", OneRank())
         files = {"model": "model", "videoalign": "videoalign", "videoalign_repo": "videoalign_repo"}
         options = [word for name, file in files.items() for word in (f"--{name}", str(place / "files" / file))]
         for name in ("prompts", "eval_prompts"):

@@ -25,7 +25,7 @@ def settings(*options):
 def traced():
     """Of one process, and of a group of eight."""
     config = settings("--gpus", "8")
-    return {n: trace(config, n, train.make_optimizers, train.make_anchor, WIDE).phases for n in (1, 8)}
+    return {n: trace(config, n, WIDE).phases for n in (1, 8)}
 
 
 def test_a_trace_has_the_flops_and_the_memory_of_real_tensors(traced):
@@ -34,7 +34,7 @@ def test_a_trace_has_the_flops_and_the_memory_of_real_tensors(traced):
     policy = meta_policy(config, None, None, WIDE)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with Ledger() as ledger:
-        run = TracedRun(config, policy, config.sde(), ledger, train.make_optimizers, train.make_anchor)
+        run = TracedRun(config, policy, config.sde(), ledger)
         for parameter in policy.module.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         run.fill_gradients()
@@ -84,7 +84,7 @@ def test_an_iteration_has_the_messages_that_are_computed(traced):
     shared = settings(
         "--gpus", "8", "--replicate", "2", "--context_parallel", "2", "--micro_batch", "2", "--frames", "81"
     )
-    phases = trace(shared, 8, train.make_optimizers, train.make_anchor, WIDE).phases
+    phases = trace(shared, 8, WIDE).phases
     moved = sum(count * phases[name]["messages"] for name, count in phase_counts(shared).items())
     computed = plan.messages(shared, 8, WIDE)
     between_machines = phases["last update"]["messages"] - phases["update"]["messages"]
@@ -96,7 +96,7 @@ def test_an_iteration_has_the_messages_that_are_computed(traced):
 
 def test_no_gradient_of_one_branch_waits_for_the_other(traced, monkeypatch):
     monkeypatch.setattr(parallel, "own_backward", lambda result: result)
-    together = trace(settings("--gpus", "8"), 8, train.make_optimizers, train.make_anchor, WIDE).phases["update"]
+    together = trace(settings("--gpus", "8"), 8, WIDE).phases["update"]
     apart = traced[8]["update"]
     whole = 2 * sum(p.numel() for p in hunyuan.make_trainable(meta_transformer(WIDE)).parameters() if p.requires_grad)
     assert sum(together["peak"].values()) - sum(apart["peak"].values()) > 0.5 * whole
@@ -107,7 +107,7 @@ def test_an_iteration_has_the_flops_that_are_computed():
     """Computed without text and VAE, so from a little below; the trace has 208 tokens of text beside 2,100 of video."""
     size = ["--frames", "81", "--height", "160", "--width", "160"]
     config = settings("--gpus", "8", "--micro_batch", "2", *size)
-    phases = trace(config, 1, train.make_optimizers, train.make_anchor, WIDE).phases
+    phases = trace(config, 1, WIDE).phases
     counts = phase_counts(config)
     forward = plan.pass_flops(hunyuan.token_count(81, 160, 160), WIDE)
     for name, computed in plan.iteration_flops(config, forward).items():
