@@ -40,7 +40,7 @@ def first_policy(folder, code, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = miniature.transformer()
-    torch.nn.init.normal_(start.cond_type_embed.weight, std=0.02)  # the default of 1 drowns the text at this width
+        torch.nn.init.normal_(start.cond_type_embed.weight, std=0.02)  # the default of 1 drowns the text at this width
     torch.nn.init.zeros_(start.proj_out.weight)
     torch.nn.init.zeros_(start.proj_out.bias)
     miniature.write_pipeline(folder, trained_part(start.state_dict()), code, seed)
@@ -59,19 +59,8 @@ def trained_part(state):
 
 def velocity(module, x, sigma, text):
     """One pass for clips whose prompts have equally many tokens: x [B, …], sigma [B], text [B, L, ·]."""
-    first_frame_and_mask = torch.zeros_like(x[:, :1]).expand(-1, codec.CHANNELS + 1, -1, -1, -1)
     no_glyphs = text.new_zeros(len(x), 0, module.config.text_embed_2_dim)
-    (v,) = module(
-        hidden_states=torch.cat([x, first_frame_and_mask], 1),
-        timestep=1000 * sigma,
-        encoder_hidden_states=text,
-        encoder_attention_mask=torch.ones(text.shape[:2]),
-        encoder_hidden_states_2=no_glyphs,
-        encoder_attention_mask_2=torch.ones(no_glyphs.shape[:2]),
-        image_embeds=text.new_zeros(len(x), 0, module.config.image_embed_dim),
-        return_dict=False,
-    )
-    return v
+    return hunyuan.transformer_velocity(module, x, sigma, text, no_glyphs)
 
 
 def flow_matching_loss(module, code, texts, empty, random):

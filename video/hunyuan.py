@@ -135,29 +135,13 @@ class HunyuanPolicy:
     def _pass(self, x, sigma, prompt):
         """One pass of the transformer for samples of one Prompt: x [b, C, F, H, W], sigma [b]."""
         self.passes += len(x)
-        # The model reads 65 channels: the latent, then a first frame and its mask, which only image-to-video fills.
-        first_frame = torch.zeros_like(x)
-        mask = torch.zeros_like(x[:, :1])
-        inputs = torch.cat([x, first_frame, mask], 1)
         text = prompt.text.to(x.device, self.compute_dtype).expand(len(x), -1, -1)  # [b, L, ·]
         glyphs = prompt.glyphs.to(x.device, self.compute_dtype).expand(len(x), -1, -1)  # [b, G, ·]
         # With autocast, latent and timestep stay float32, and the velocity has an error of 0.0066. The stock pipeline
         # in bf16 also rounds the timestep (978.26 becomes 980), and its error is 0.0206. Without autocast, bf16 weights
         # do not accept a float32 timestep.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            (v,) = self.module(
-                hidden_states=inputs,
-                timestep=sigma.float() * 1000,
-                encoder_hidden_states=text,
-                encoder_attention_mask=torch.ones(text.shape[:2], device=x.device),
-                encoder_hidden_states_2=glyphs,
-                encoder_attention_mask_2=torch.ones(glyphs.shape[:2], device=x.device),
-                # The stock pipeline passes 729 image tokens of zeros, and the model masks image tokens that are all
-                # zero. An empty tensor also counts as all zero, and needs no mask. (The config's task_type cannot tell
-                # that there is no image: it says "i2v" even in the text-to-video release.)
-                image_embeds=text.new_zeros(len(x), 0, self.module.config.image_embed_dim),
-                return_dict=False,
-            )
+            v = transformer_velocity(self.module, x, sigma, text, glyphs)
         if isinstance(self.module, FSDPModule):
             v = parallel.own_backward(v)
         return v.float()
@@ -280,6 +264,26 @@ def load(
     prompts = PromptEncoder(folder, prompt_cache, device, compute_dtype)
     settings = guidance_scale, compute_dtype, micro_batch, guidance_gradient, vae_dtype == "tf32", kernel
     return HunyuanPolicy(transformer, vae, prompts, shape, *settings)
+
+
+def transformer_velocity(module, x, sigma, text, glyphs):
+    """One pass of the stock transformer, nothing masked: x [b, C, F, H, W], sigma [b], text and glyphs [b, L, ·]."""
+    # It reads 65 channels: the latent, then a first frame and its mask, which only image-to-video fills.
+    first_frame, mask = torch.zeros_like(x), torch.zeros_like(x[:, :1])
+    (v,) = module(
+        hidden_states=torch.cat([x, first_frame, mask], 1),
+        timestep=sigma.float() * 1000,
+        encoder_hidden_states=text,
+        encoder_attention_mask=torch.ones(text.shape[:2], device=x.device),
+        encoder_hidden_states_2=glyphs,
+        encoder_attention_mask_2=torch.ones(glyphs.shape[:2], device=x.device),
+        # The stock pipeline passes 729 image tokens of zeros, and the model masks image tokens that are all zero. An
+        # empty tensor also counts as all zero, and needs no mask. (The config's task_type cannot tell that there is no
+        # image: it says "i2v" even in the text-to-video release.)
+        image_embeds=text.new_zeros(len(x), 0, module.config.image_embed_dim),
+        return_dict=False,
+    )
+    return v
 
 
 def decoder_dtype(vae_dtype):
