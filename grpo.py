@@ -90,7 +90,6 @@ class Batch:
     valid: torch.Tensor  # [B] bool, False where the reward failed
     collected_at: int  # optimizer steps made when the rollout's weights were the policy
     metrics: dict
-    copies: int  # adjacent samples that share a condition, see copies_in_rollout
     frozen: torch.Tensor | None = None  # [B, T, …]  the policy's frozen_velocity, until the first optimizer step
     scales: torch.Tensor | None = None  # [T]  S_t of Eq. 9
     position_weights: torch.Tensor | None = None  # [B, T]  weight of the position KL
@@ -134,7 +133,7 @@ def collect(policy, reward, prompts, sde, generators, config, steps_made=0, rank
     metrics |= {"rollout_passes": policy.passes - passes}
     metrics |= {"rollout_seconds": sampled - started, "decode_seconds": decoded - sampled}
     own = slice(ranks.dp_rank * len(prompts), (ranks.dp_rank + 1) * len(prompts))
-    return Batch(sde, conditions, trajectory, advantages[own], valid[own], steps_made, metrics, copies, frozen)
+    return Batch(sde, conditions, trajectory, advantages[own], valid[own], steps_made, metrics, frozen)
 
 
 def sample(policy, prompts, latent_shape, sde, generators, copies=1, callback=None):
@@ -232,7 +231,6 @@ def update(
     started, passes = clock(device), policy.passes
     rows = trained_rows(batch.advantages, batch.valid, config)
     batch, generators = batch.part(rows), [generators[row] for row in rows]
-    batch.copies = copies_in_update(config)
     per_step = micro_batches_per_step(len(rows), int(batch.sde.stochastic.sum()), config)
     lambda_kl = kl_coefficient(
         config.kl_schedule, iteration, config.kl_lambda, config.kl_lambda_early, config.kl_switch
@@ -348,7 +346,7 @@ def micro_batch_loss(policy, batch, rows, steps, config, lambda_kl):
     trajectory, frozen = batch.trajectory, batch.frozen
     x, x_next = trajectory.states[rows, steps], trajectory.states[rows, steps + 1]  # [b, …]
     mean_old, log_prob_old = trajectory.means[rows, steps], trajectory.log_probs[rows, steps]
-    conditions = [batch.conditions[i] for i in rows[:: batch.copies]]
+    conditions = [batch.conditions[i] for i in rows[:: copies_in_update(config)]]
     stored = None if frozen is None else frozen[rows, steps]
     sigma = batch.sde.sigmas[steps].to(x)
 
@@ -422,7 +420,7 @@ def reference_means(policy, batch, config, anchor):
             for steps in wanted[rows].unbind(1):  # [b], one of each sample
                 x = trajectory.states[rows, steps]
                 sigma = batch.sde.sigmas[steps].to(x)
-                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows[:: batch.copies]])
+                v = policy.velocity(x, sigma, [batch.conditions[i] for i in rows[:: copies_in_update(config)]])
                 means[rows, steps], _ = batch.sde.transition(x, v, steps)
     return means
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from engine.presets import TOY
 from engine.watch import STOPPING, WATCH
 from grpo import OneRank
-from video.parallel import context_group, device_mesh, reduce_between_machines
+from video.parallel import context_group, device_mesh, own_rank, reduce_between_machines
 
 # Variables of torchrun that are read here, and the lowest value of each.
 LAUNCH_NUMBERS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 1}
@@ -22,10 +22,6 @@ LAUNCH_FIX = "start with torchrun, which sets them all, or unset it"
 
 class FolderError(ValueError):
     """What is wrong with a run folder or its disk, and how to fix it."""
-
-
-def own_rank():
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def on_all_ranks(work, *arguments):

@@ -254,7 +254,7 @@ class TracedRun:
         sampled, trained = branches(config)
         stored = torch.empty(samples, steps, *shape) if trained < sampled else None
         advantages, valid = torch.empty(samples), torch.ones(samples, dtype=torch.bool)
-        return Batch(self.sde, conditions, trajectory, advantages, valid, 0, {}, copies_in_update(config), stored)
+        return Batch(self.sde, conditions, trajectory, advantages, valid, 0, {}, stored)
 
     def iteration(self):
         """Every phase once."""
@@ -285,7 +285,7 @@ class TracedRun:
             self.policy.decode(x)
 
     def velocity(self, x):
-        conditions = self.batch.conditions[: len(x) : self.batch.copies]
+        conditions = self.batch.conditions[: len(x) : copies_in_update(self.config)]
         return self.policy.velocity(x, torch.empty(len(x)), conditions)
 
     def fill_gradients(self):

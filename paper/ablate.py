@@ -102,12 +102,7 @@ def candidates():
 
 def candidate_row(name, settings):
     """The row of one candidate: kl,1,dual with λ_KL 0.03 is "kl,1,dual,0.03"."""
-    return f"{name},{settings[tuned_setting(name)]:g}"
-
-
-def tuned_setting(name):
-    """The setting in which the candidates of a row differ."""
-    return "kl_lambda" if name.startswith("kl,") else "learning_rate"
+    return f"{name},{settings[claims.tuned_setting(name)]:g}"
 
 
 def grid(best):

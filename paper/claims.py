@@ -525,11 +525,16 @@ def paper_table_2():
     return markdown_table(heads, rows)
 
 
+def tuned_setting(name):
+    """The setting in which the candidates of a row differ."""
+    return "kl_lambda" if name.startswith("kl,") else "learning_rate"
+
+
 def tuning_table(results):
     """Overall of every candidate on the two tuning seeds; the chosen one in bold."""
     rows = []
     for name, entries in results["tuning"].items():
-        tuned = "kl_lambda" if name.startswith("kl,") else "learning_rate"
+        tuned = tuned_setting(name)
         means = [np.mean(entry["Overall"]) for entry in entries]
         cells = []
         for entry, mean in zip(entries, means, strict=True):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from engine import pictures
+from engine.folder import read_log
 from equalizer import equalizer_scales, gradient_norms
 from paper.plots import LOOKS, finish
 from sde import SDE, SDE_TYPES, SIGMA_MAX, log_prob, rollout, sigma_schedule
@@ -29,6 +30,7 @@ from toy import world
 from toy.gaussian import GaussianMixture, gaussian, propagate
 from toy.model import ToyPolicy
 from toy.walk import integral_of_eq_5
+from video.json_file import read_json
 
 FOLDER = Path("figures")
 # name -> colour, line, marker; for a sampler of your own, add one to LOOKS in paper/plots.py
@@ -399,8 +401,7 @@ def read_run(run):
     missing = [name for name in needed if not (run / name).is_file()]
     if missing:
         raise SystemExit(f"--run must be the folder of a finished run: {run} has no {', '.join(missing)}")
-    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    log = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    settings, log = read_json(run / "config.json"), read_log(run)
     if settings["model"] != "toy":
         raise SystemExit(f"--run must be a run of the toy: the model of {run} is {settings['model']}")
     made = log[-1]["iteration"]

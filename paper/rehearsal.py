@@ -22,9 +22,9 @@ from tqdm import tqdm
 from engine.folder import read_log
 from engine.presets import MINI, PRESETS
 from paper.ablate import read_results, write_results
-from paper.claims import miniature_table
+from paper.claims import SEEDS, miniature_table
+from sde import SDE_TYPES
 
-SEEDS = range(5)
 # Enough iterations for a gain that is well above the seeds' spread, in about a minute and a half on one core.
 SHORT = ["--iterations", "8", "--eval_every", "8", "--checkpoint_every", "4"]
 TWO_RANKS = 2
@@ -38,7 +38,7 @@ LORA = ["--lora_rank", "16", "--learning_rate", "5e-3"]  # the best of 5e-4, 2e-
 
 def arms():
     """{arm: its options}. Those whose names begin with "2 ranks" run under torchrun; see `commands`."""
-    samplers = ("flow_grpo", "dance_grpo", "cps", "exact")
+    _, *samplers = SDE_TYPES  # the first is the default
     return {
         "short run": [],
         "bf16": ["--compute_dtype", "bfloat16"],
@@ -96,7 +96,7 @@ def extremes():
 # ---------------------------------------------------------------------------------------------- runs
 def commands(arm, options, run, seed):
     """The command lines, one after another, that make a run of an arm, or finish one."""
-    whole = ["--preset", "mini", "--runs", str(run.parent), "--name", run.name, "--seed", str(seed), *SHORT, *options]
+    whole = ["--preset", MINI, "--runs", str(run.parent), "--name", run.name, "--seed", str(seed), *SHORT, *options]
     started = any(run.glob("checkpoints/iteration-*"))
     begin = ["--resume", str(run)] if started else whole
     if arm == "2 ranks, then 1":
@@ -167,7 +167,7 @@ def run_all(folder, chosen, seeds, workers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=arms(), help="the arms to run [default: all]")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds, from 0 on [default: 5]")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many seeds, from 0 on [default: 5]")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time [default: one a core]")
     parser.add_argument("--runs", default="runs/rehearsal", help="folder of the runs [default: runs/rehearsal]")
     parser.add_argument("--table", action="store_true", help="run nothing; print the table from results.json")

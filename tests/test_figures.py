@@ -166,7 +166,7 @@ def run(tmp_path, monkeypatch):
     made = dict.fromkeys((*names, "reward_mean"), 0.0) | {"lambda_kl": 0.1, "grad_norm": 0.01}
     last = {"iteration": 2, **scores, **made, "eval_reward": 0.75, "eval_VQ": 0.5}
     log = [{"iteration": 0} | scores, {"iteration": 1} | made, last]
-    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in log))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     prompts = np.repeat(world.PROMPTS, 2)
     for seed, name in enumerate(("samples_before.npy", "samples_after.npy")):
         np.save(folder / name, world.to_uint8(world.training_clips(prompts, rng(seed))).numpy())

@@ -7,13 +7,15 @@ import torch
 from video.json_file import read_json
 from video.mp4 import check_videos
 
+EXAMPLE = "openai/clip-vit-base-patch32"
+
 
 def check_clip(setting, model):
     """Raise unless this is a CLIP model's folder, or can be a hub id."""
     from video.files import check_hub_id
 
     if not Path(model).is_dir():
-        check_hub_id(setting, model, CLIPScore.model_id)
+        check_hub_id(setting, model, EXAMPLE)
         return
     path = Path(model) / "config.json"
     kind = read_json(path).get("model_type")
@@ -26,15 +28,13 @@ class CLIPScore:
     CLIP reads only the first 77 tokens of a prompt."""
 
     name = "CLIPScore"
-    model_id = "openai/clip-vit-base-patch32"
-    tokenizer_id = "openai/clip-vit-base-patch32"
 
-    def __init__(self, folder=None, device="cpu"):
+    def __init__(self, folder, device="cpu"):
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-        self.model = CLIPModel.from_pretrained(folder or self.model_id, dtype=torch.float32).to(device)
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device)
         self.model.requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder or self.tokenizer_id)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         side = self.model.config.vision_config.image_size
         self.image_processor = CLIPImageProcessorPil(
             size={"shortest_edge": side},
@@ -68,8 +68,6 @@ class PickScore(CLIPScore):
     The division by 26 brings it into the range of the paper's values, which lie near 0 … 1."""
 
     name = "PickScore"
-    model_id = "yuvalkirstain/PickScore_v1"
-    tokenizer_id = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
     def score(self, cosine):
         return self.model.logit_scale.exp() * cosine / 26

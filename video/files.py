@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
 from video.json_file import check_pointers, read_json
+from video.parallel import own_rank
 
 # The networks of a model, each with the name of its file of weights.
 NETWORKS = {
@@ -327,7 +328,7 @@ def load_shards(transformer, model):
 
     If every rank read the model before it is sharded, eight of them would fill 8 × 33 GB of one machine's memory.
     """
-    first = dist.get_rank() == 0
+    first = own_rank() == 0
     read = weight_reader(model) if first else None
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
@@ -424,7 +425,7 @@ def export(policy, folder, shift):
         options.ignore_frozen_params = True
         options.strict = False
     state = get_model_state_dict(transformer, options=options)
-    if dist.is_initialized() and dist.get_rank() != 0:
+    if own_rank() != 0:
         return
     os.makedirs(folder, exist_ok=True)
     FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(Path(folder) / "scheduler")

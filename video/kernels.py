@@ -19,6 +19,7 @@ from torch.nn.attention import (
 )
 
 from grpo import clock
+from video.parallel import own_rank
 
 # In the order in which a CPU looks for one that runs, and in which those of equal speed are preferred.
 KERNELS = {
@@ -48,7 +49,7 @@ def attention_kernel(wanted, device, dtype, heads, head_dim, tokens):
     device = torch.device(device)
     name = wanted
     if wanted == "auto":
-        chosen = [choose(device, dtype, heads, head_dim, tokens)] if is_first_rank() else [None]
+        chosen = [choose(device, dtype, heads, head_dim, tokens)] if own_rank() == 0 else [None]
         if dist.is_initialized():
             dist.broadcast_object_list(chosen)
         name = chosen[0]
@@ -57,10 +58,6 @@ def attention_kernel(wanted, device, dtype, heads, head_dim, tokens):
         rule = f"attention must have a kernel that runs on {device} in {dtype} with {head_dim} numbers to a head"
         raise ValueError(f"{rule}: got {name}: {problem}; use --attention auto")
     return name
-
-
-def is_first_rank():
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def choose(device, dtype, heads, head_dim, tokens):

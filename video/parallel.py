@@ -28,6 +28,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 
+def own_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 # ---------------------------------------------------------------------------------------------- who shares what
 def device_mesh(device_type, replicate):
     """The mesh that FSDP2 shards over: all ranks, or `replicate` groups of ranks that hold a whole model each."""

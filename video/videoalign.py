@@ -79,16 +79,14 @@ class VideoAlign:
         self.batch_size = batch_size
         self.fps = fps
         self.failures = []
-        settings, checkpoint = check_folder(Path(folder), repo)
-        self.template = read_template(repo)
+        self.template, settings, checkpoint, self.tokenizer, module = check_folder(Path(folder), repo)
         self.sample_fps = settings["fps"]
         self.max_pixels = settings["max_frame_pixels"]
         self.mean = torch.tensor([settings[f"{name}_mean"] for name in DIMENSIONS])
         self.std = torch.tensor([settings[f"{name}_std"] for name in DIMENSIONS])
-        self.tokenizer = load_tokenizer(checkpoint / "tokenizer")
         self.reward_ids = self.tokenizer.convert_tokens_to_ids(REWARD_TOKENS)
         self.video_id = self.tokenizer.convert_tokens_to_ids(CHAT_VIDEO)
-        module = build_module(Path(folder), settings, self.video_id).to_empty(device=self.device)
+        module = module.to_empty(device=self.device)
         set_rotary_frequencies(module, self.device)
         self.module = load_weights(module, read_state(checkpoint / "model.pth", "cpu"))
         self.module.requires_grad_(False).eval()
@@ -170,9 +168,9 @@ class VideoAlign:
 
 
 def check_folder(folder, repo):
-    """-> (settings, the checkpoint-<N> folder of the highest N).
-    Raise unless all files fit together. No weight is loaded."""
-    read_template(repo)
+    """-> (template, settings, the checkpoint-<N> folder of the highest N, tokenizer, module without weights).
+    Raise unless all files fit together."""
+    template = read_template(repo)
     settings, checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
     module = build_module(folder, settings, tokenizer.convert_tokens_to_ids(CHAT_VIDEO))
@@ -181,7 +179,7 @@ def check_folder(folder, repo):
         rule = f"the tokenizer's ids must be among the {known:,} of the model"
         raise ValueError(f"{rule}: {checkpoint} has {len(tokenizer):,}; take both from one download")
     fill(module, read_state(checkpoint / "model.pth", "meta"))
-    return settings, checkpoint
+    return template, settings, checkpoint, tokenizer, module
 
 
 def read_template(repo):
