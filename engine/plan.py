@@ -183,18 +183,26 @@ def decode_flops(frames, height, width):
     All but a thousandth of them are convolutions', so they are counted for one place of the latent, and the places of
     all tiles are added up.
     """
-    from video import files, hunyuan
+    from video import hunyuan
+
+    channels, latent_frames, *sides = hunyuan.latent_shape(frames, height, width)
+    of_a_place, tile, overlap = decoder_sizes(channels, latent_frames)
+    if max(sides) > tile:
+        step = int(tile * (1 - overlap))
+        sides = [sum(min(tile, side - start) for start in range(0, side, step)) for side in sides]
+    return math.prod(sides) * of_a_place
+
+
+@functools.cache
+def decoder_sizes(channels, latent_frames):
+    """(FLOPs of the released VAE's decoder for one place of a latent, a tile's side in the latent, its overlap)."""
+    from video import files
 
     with torch.device("meta"):
         vae = files.AutoencoderKLHunyuanVideo15()
-    channels, latent_frames, *sides = hunyuan.latent_shape(frames, height, width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vae.decoder(torch.empty(1, channels, latent_frames, 1, 1, device="meta"))
-    tile = vae.tile_latent_min_height
-    if max(sides) > tile:
-        step = int(tile * (1 - vae.tile_overlap_factor))
-        sides = [sum(min(tile, side - start) for start in range(0, side, step)) for side in sides]
-    return math.prod(sides) * counter.get_total_flops()
+    return counter.get_total_flops(), vae.tile_latent_min_height, vae.tile_overlap_factor
 
 
 def score_flops(config):

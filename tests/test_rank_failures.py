@@ -34,7 +34,6 @@ from engine.watch import OURS, STOPPING, WATCH, is_ours, run_as_rank
 from prompts import read_prompts
 from sde import sigma_schedule
 from toy import walk, world
-from video.files import check_hub_id
 
 ROOT = Path(train.__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -177,12 +176,18 @@ def own_raise():
     raise ValueError("of a reward, or of a script")
 
 
+def error_of_video():
+    from video.files import check_hub_id  # not above: it imports diffusers, and the ranks of these tests would wait
+
+    check_hub_id("model", "nowhere", "a/b")
+
+
 @pytest.mark.parametrize(
     "call, ours",
     [
         (lambda: sigma_schedule(0), True),
         (lambda: world.parse("a small red blob"), True),
-        (lambda: check_hub_id("model", "nowhere", "a/b"), True),
+        (error_of_video, True),
         (lambda: read_prompts("nowhere.txt"), True),
         (lambda: Config(eta="0.5"), True),
         (own_raise, False),

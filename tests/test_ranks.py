@@ -18,6 +18,7 @@ from test_full_run import make_videos_as_told
 import ranks
 import train
 from tiny.hunyuan import build_tiny_hunyuan, tiny_transformer
+from tiny.videoalign import build_tiny_template, build_tiny_videoalign
 
 COMPARED = ("policy_loss", "kl_velocity", "kl_position", "ratio_mean", "ratio_min", "grad_norm")
 
@@ -34,14 +35,16 @@ BF16 = ["--compute_dtype", "bfloat16", "--iterations", "2"]
 
 
 def options(folder, name, world, *extra):
-    """A run of one group of 4 samples per iteration, which spans both ranks.
-
-    One rank takes its samples one by one, of two ranks each takes its two as one batch.
-    """
+    """A run of one group of 4 samples per iteration, which spans both ranks: one rank takes two micro-batches of two
+    samples, of two ranks each takes one."""
     samples = SPANNING_SAMPLES if "spanning" in name else 4
     return [
-        *("--preset", "tiny", "--runs", str(folder), "--name", name, "--prompt_cache", str(folder / "prompts")),
-        *("--batch_size", str(samples // world), "--micro_batch", str(world)),
+        *("--preset", "paper", "--model", str(folder / "model"), "--prompt_cache", str(folder / "prompts")),
+        *("--videoalign", str(folder / "videoalign"), "--videoalign_repo", str(folder / "repo")),
+        *("--prompts", str(folder / "three.txt"), "--eval_prompts", str(folder / "three.txt")),
+        *("--frames", "5", "--height", "64", "--width", "64", "--eval_height", "64", "--eval_width", "96"),
+        *("--compute_dtype", "float32", "--vae_dtype", "float32"),
+        *("--runs", str(folder), "--name", name, "--batch_size", str(samples // world), "--micro_batch", "2"),
         *("--num_steps", "2", "--optimizer_steps", "2"),
         *("--learning_rate", "3e-3", "--stepwise_kl", "closed_form", "--anchor_every", "4", "--kl_lambda", "1"),
         *("--kl_schedule", "fixed", "--iterations", "3", "--checkpoint_every", "3"),
@@ -50,14 +53,17 @@ def options(folder, name, world, *extra):
     ]
 
 
-def build_large_model(folder):
-    """Folders of the tiny model and of one with a transformer of 330 MB, which lies in several files in bf16."""
-    small, large = build_tiny_hunyuan(folder / "small"), build_tiny_hunyuan(folder / "model")
+def build_models(folder):
+    """What all these runs share, so that each text is encoded once; and the folder of a transformer of 330 MB, which
+    lies in several files in bf16."""
+    build_tiny_hunyuan(folder / "model")
+    build_tiny_videoalign(folder / "videoalign")
+    build_tiny_template(folder / "repo")
+    large = build_tiny_hunyuan(folder / "large")
     wide = tiny_transformer().config | {"num_attention_heads": 24, "num_layers": 18}
     shutil.rmtree(large / "transformer")
     transformer = HunyuanVideo15Transformer3DModel.from_config(wide).bfloat16()
     transformer.save_pretrained(large / "transformer", max_shard_size="60MB")
-    return str(small), str(large)
 
 
 KINDS = {
@@ -72,22 +78,22 @@ TOLERANCE = {"full": 1e-3, "lora": 1e-3, "muon": 2e-2, "failed-spanning": 1e-3}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Each kind by one rank and by two; two ranks then resume their own full run; and two in bf16, with three
-    evaluation prompts, so that one rank makes a video again. Two ranks, and four, share the tokens of their videos."""
+    """Each kind by one rank and by two; two ranks then resume their own full run; and two in bf16, where one rank
+    makes a video of the three prompts again. Two ranks, and four, share the tokens of their videos."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "three.txt").write_text("a cat\na dog\na boat\n")
-    bf16 = [*BF16, "--eval_prompts", str(folder / "three.txt")]
+    build_models(folder)
     one = [options(folder, f"{kind}-1", 1, *extra) for kind, extra in KINDS.items()]
     two = [
         ["muon-step", str(folder / "muon-step.pt")],
-        ["host-memory", *build_large_model(folder / "large"), str(folder)],
+        ["host-memory", str(folder / "model"), str(folder / "large"), str(folder)],
         *(options(folder, f"{kind}-2", 2, *extra) for kind, extra in KINDS.items()),
         options(folder, "parts-2", 2, "--iterations", "2"),
         ["--resume", str(folder / "parts-2"), "--iterations", "3"],
         options(folder, "replicated-2", 2, "--replicate", "2"),
         options(folder, "shared-lora-2", 1, *LORA, *SHARED),
         options(folder, "least-rank-2", 2, *MUON, "--lora_rank", "2", "--iterations", "1"),  # a row for each rank
-        options(folder, "bf16-full", 2, *bf16),
+        options(folder, "bf16-full", 2, *BF16),
         options(folder, "bf16-lora", 2, *LORA, *BF16),
     ]
     four = [options(folder, "shared-full-4", 2, *SHARED)]
@@ -203,14 +209,14 @@ def test_another_number_of_ranks_can_export(runs, tmp_path, capsys):
     assert (tmp_path / "pytorch_lora_weights.safetensors").stat().st_size > 0
     assert json.loads((runs / "lora-2" / "config.json").read_text()) == settings
     assert f"transformer.load_lora_adapter('{tmp_path}', prefix=None, weight_name=" in capsys.readouterr().out
-    before, after = make_videos_as_told(runs / "lora-2" / "tiny" / "model", tmp_path, tmp_path)
+    before, after = make_videos_as_told(runs / "model", tmp_path, tmp_path)
     assert not torch.equal(before, after)  # the LoRA acts
 
 
 def test_two_ranks_together_hold_a_model_once_while_they_load_it(runs):
     """In host memory, their shards among it, which are on the GPUs where there are any; and every weight is right."""
     loaded = torch.load(runs / "loaded.pt")
-    folder = runs / "large" / "model" / "transformer"
+    folder = runs / "large" / "transformer"
     saved = HunyuanVideo15Transformer3DModel.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert len(list(folder.glob("*.safetensors"))) > 2
