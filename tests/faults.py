@@ -35,8 +35,10 @@ from engine.checkpoint import listed  # noqa: E402
 from engine.folder import LOCK, LOG, read_log  # noqa: E402
 from video.json_file import read_json  # noqa: E402
 
-SMALL = ["--batch_size", "4", "--micro_batch", "4", "--group_size", "2", "--num_steps", "2", "--eval_steps", "1"]
+# An evaluation takes its 64 prompts in batches of batch_size: small ones would be most of a run's time.
+SMALL = ["--batch_size", "16", "--micro_batch", "16", "--group_size", "2", "--num_steps", "2", "--eval_steps", "1"]
 SMALL += ["--optimizer_steps", "1", "--checkpoint_every", "1", "--keep_checkpoints", "100", "--eval_every", "100"]
+SMALL += ["--eval_noises", "1"]
 BEFORE, AFTER = 3, 4  # iterations of the run that is damaged, and of the one that goes on
 GOOD, BAD = ("right result", "refused", "refused, then --from"), ("silent", "traceback", "lost", "code ran")
 

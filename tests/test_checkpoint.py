@@ -721,7 +721,7 @@ def test_pictures_are_drawn_from_a_log_with_nulls(run, drawn_curves):
     log[1]["kl_velocity"] = math.nan
     for name in ("samples_before.npy", "samples_after.npy"):
         assert np.load(run / name).shape[0] > 0
-    pictures.report(run, log, Config(eval_noises=2), PROMPTS)
+    pictures.report(run, log, Config(eval_noises=1), PROMPTS)
 
 
 # ---------------------------------------------------------------------------------------------- disks

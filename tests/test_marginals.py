@@ -42,7 +42,7 @@ def test_table_of_marginal_errors(data_std, eta, T):
 @pytest.mark.parametrize("sde_type", [name for name in SDE_TYPES if name not in ("cps", "flow_grpo")])
 @pytest.mark.parametrize("data_std, eta", [(1.0, 0.5), (1.0, 1.0), (0.7, 0.5)])
 def test_marginals_converge_like_one_over_T(sde_type, data_std, eta):
-    lengths = [200, 400, 800, 1600]
+    lengths = [100, 200, 400]
     errors = [abs(std_error(sde_type, data_std, eta, T)) for T in lengths]
     x, y = torch.tensor([[math.log(a) for a in row] for row in (lengths, errors)], dtype=torch.float64)
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
@@ -58,11 +58,11 @@ def test_intermediate_marginals_converge_for_sage_and_stall_for_flow():
 
     for sde_type in ("sage_grpo", "exact"):
         assert worst(sde_type, 400) < 0.3 * worst(sde_type, 100)
-    assert worst("flow_grpo", 1600) > 0.5 * worst("flow_grpo", 100)
+    assert worst("flow_grpo", 800) > 0.5 * worst("flow_grpo", 100)
 
 
 def test_cps_does_not_converge():
-    assert std_error("cps", 1.0, 1.0, 2000) < -0.29 and std_error("cps", 1.0, 0.5, 2000) < -0.05
+    assert std_error("cps", 1.0, 1.0, 500) < -0.29 and std_error("cps", 1.0, 0.5, 500) < -0.05
 
 
 def test_the_score_of_the_erratum_does_not_converge(monkeypatch):

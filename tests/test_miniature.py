@@ -160,7 +160,7 @@ def test_the_verdict_compares_like_with_like():
 
 # ---------------------------------------------------------------------------------------------- learning
 SAVINGS = [*HALVED, "--train_samples", "8"]  # those of the preset `fast`
-BRIEF = [*SAVINGS, "--iterations", "5", "--eval_every", "5"]
+BRIEF = [*SAVINGS, "--iterations", "4", "--eval_every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def run(tmp_path_factory):
 def test_the_full_runs_path_learns(run):
     """Where it starts tells of sampling, where it ends of training.
 
-    Measured: .537 → .566. Wrong on purpose, it ends at .530 (advantages shifted by one sample) and .505 (S_t inverted).
+    Measured: .537 → .562. Wrong on purpose, it ends at .536 (advantages shifted by one sample) and .514 (S_t inverted).
     In 8 iterations, with all 64 prompts and without the savings, .508 → .550; there it starts at .22 (the sign of
     guidance), .24 (its branches swapped), .09 (the timestep not × 1000) and .40 (latents scaled twice before the VAE),
     or stops (the anchor never swapped back). One noise for all iterations is not seen here (.545), but in
@@ -184,7 +184,7 @@ def test_the_full_runs_path_learns(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     before, after = lines[0], lines[-1]
     assert before["eval_reward"] == pytest.approx(0.537, abs=0.03)
-    assert after["eval_reward"] > before["eval_reward"] + 0.015
+    assert after["eval_reward"] > before["eval_reward"] + 0.012
 
 
 def test_a_run_has_the_flops_that_its_settings_multiply_to(run):

@@ -17,11 +17,13 @@ from test_full_run import make_videos_as_told
 
 import ranks
 import train
+from prompts import STARTER_TRAIN, read_prompts
 from tiny.hunyuan import build_tiny_hunyuan, tiny_transformer
 from tiny.videoalign import build_tiny_template, build_tiny_videoalign
 
 COMPARED = ("policy_loss", "kl_velocity", "kl_position", "ratio_mean", "ratio_min", "grad_norm")
 
+TWO = ["--iterations", "2"]
 LORA = ["--lora_rank", "4", "--learning_rate", "3e-2"]
 MUON = ["--optimizer", "muon", "--weight_decay", "0.01"]
 # Three prompts of four samples, six samples to a rank, in micro-batches of three: aaa abb, bbc ccc. The passes must not
@@ -31,7 +33,7 @@ SPANNING, SPANNING_SAMPLES = ["--micro_batch", "3", "--max_failed_rewards", "0.3
 SPANNING += ["--guidance_gradient", "conditional", "--kl_steps", "1", "--checkpointing", "attention"]
 SPANNING += ["--anchor_offload", "--stepwise_kl", "rollout_phase"]
 SHARED = ["--context_parallel", "2"]
-BF16 = ["--compute_dtype", "bfloat16", "--iterations", "2"]
+BF16 = ["--compute_dtype", "bfloat16", *TWO]
 
 
 def options(folder, name, world, *extra):
@@ -41,7 +43,7 @@ def options(folder, name, world, *extra):
     return [
         *("--preset", "paper", "--model", str(folder / "model"), "--prompt_cache", str(folder / "prompts")),
         *("--videoalign", str(folder / "videoalign"), "--videoalign_repo", str(folder / "repo")),
-        *("--prompts", str(folder / "three.txt"), "--eval_prompts", str(folder / "three.txt")),
+        *("--prompts", str(folder / "four.txt"), "--eval_prompts", str(folder / "three.txt")),
         *("--frames", "5", "--height", "64", "--width", "64", "--eval_height", "64", "--eval_width", "96"),
         *("--compute_dtype", "float32", "--vae_dtype", "float32"),
         *("--runs", str(folder), "--name", name, "--batch_size", str(samples // world), "--micro_batch", "2"),
@@ -69,7 +71,7 @@ def build_models(folder):
 KINDS = {
     "full": [],
     "lora": LORA,
-    "muon": MUON,
+    "muon": [*MUON, *TWO],
     "failed-spanning": SPANNING,
 }
 # Rounding alone reaches 3e-5 (measured); Muon's Newton–Schulz iteration runs in bf16 and amplifies it to 1e-3.
@@ -82,21 +84,22 @@ def runs(tmp_path_factory):
     makes a video of the three prompts again. Two ranks, and four, share the tokens of their videos."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "three.txt").write_text("a cat\na dog\na boat\n")
+    (folder / "four.txt").write_text("\n".join(read_prompts(STARTER_TRAIN)[:4]))
     build_models(folder)
     one = [options(folder, f"{kind}-1", 1, *extra) for kind, extra in KINDS.items()]
     two = [
         ["muon-step", str(folder / "muon-step.pt")],
         ["host-memory", str(folder / "model"), str(folder / "large"), str(folder)],
         *(options(folder, f"{kind}-2", 2, *extra) for kind, extra in KINDS.items()),
-        options(folder, "parts-2", 2, "--iterations", "2"),
+        options(folder, "parts-2", 2, *TWO),
         ["--resume", str(folder / "parts-2"), "--iterations", "3"],
-        options(folder, "replicated-2", 2, "--replicate", "2"),
+        options(folder, "replicated-2", 2, "--replicate", "2", *TWO),
         options(folder, "shared-lora-2", 1, *LORA, *SHARED),
         options(folder, "least-rank-2", 2, *MUON, "--lora_rank", "2", "--iterations", "1"),  # a row for each rank
         options(folder, "bf16-full", 2, *BF16),
         options(folder, "bf16-lora", 2, *LORA, *BF16),
     ]
-    four = [options(folder, "shared-full-4", 2, *SHARED)]
+    four = [options(folder, "shared-full-4", 2, *SHARED, *TWO)]
     pair = forked.start(2, folder / "two", ranks.main, two)
     alone = forked.start(1, folder / "one", ranks.main, one)
     forked.finish(alone)
@@ -136,7 +139,7 @@ def deviation(a, b, name):
 def test_two_ranks_equal_one(runs, kind):
     one, two = lines_of(runs / f"{kind}-1"), lines_of(runs / f"{kind}-2")
     samples = SPANNING_SAMPLES if "spanning" in kind else 4
-    assert len(one) == len(two) == 4
+    assert len(one) == len(two) == (3 if kind == "muon" else 4)
     for name in COMPARED:
         assert deviation(one, two, name) < TOLERANCE[kind], name
         assert curve(one, name).abs().max() > 1e-4, name  # what was compared is not rounding
@@ -149,7 +152,7 @@ def test_two_ranks_equal_one(runs, kind):
     trained, reference = samples * 2, samples * 2
     if "spanning" in kind:  # no unconditional branch until the first of two optimizer steps; the KL of one step of two
         trained, reference = samples * 3 // 2, samples
-    assert [line["update_passes"] for line in two[1:]] == [trained, trained + reference, trained]
+    assert [line["update_passes"] for line in two[1:]] == [trained, trained + reference, trained][: len(two) - 1]
     assert two[2]["kl_position"] != pytest.approx(two[2]["kl_velocity"], rel=1e-3)
 
 
@@ -158,8 +161,9 @@ def test_two_ranks_equal_one(runs, kind):
 )
 def test_other_ways_to_spread_a_model_equal_one_rank(runs, run, kind):
     """A whole model on each rank; two ranks for the tokens of each video; two such pairs."""
-    one, several = lines_of(runs / f"{kind}-1"), lines_of(runs / run)
-    assert len(one) == len(several) == 4
+    several = lines_of(runs / run)
+    one = lines_of(runs / f"{kind}-1")[: len(several)]
+    assert len(one) == len(several) >= 3
     for name in COMPARED:  # rounding reaches 4e-5; the text's gradient not summed over the pair, 1e-3
         assert deviation(one, several, name) < 2e-4, name
 
@@ -172,7 +176,7 @@ def test_two_ranks_in_bf16(runs, kind):
     learning rate whatever the gradient, and where rounding turns a gradient's sign they go the other way.
     """
     exact, rounded = lines_of(runs / f"{kind}-2")[:3], lines_of(runs / f"bf16-{kind}")
-    assert len(rounded) == 3
+    assert len(exact) == len(rounded) == 3
     for name in COMPARED if kind == "full" else ("grad_norm",):
         assert 0 < deviation(exact, rounded, name) < 0.15, name  # not 0: it was computed in bf16
 
@@ -193,10 +197,11 @@ def test_one_rank_resumes_the_checkpoint_of_two(runs, kind, on_one_rank):
     """batch_size counts samples per rank, so a run on fewer ranks needs the setting that keeps its groups whole."""
     settings = json.loads((runs / f"{kind}-2" / "config.json").read_text())
     (runs / f"{kind}-2" / "config.json").write_text(json.dumps(settings | {"batch_size": 4}))
+    more = settings["iterations"] + 1
     for world in (1, 2):
-        ranks.compare(["--resume", str(runs / f"{kind}-{world}"), "--iterations", "4"])
+        ranks.compare(["--resume", str(runs / f"{kind}-{world}"), "--iterations", str(more)])
     one, two = lines_of(runs / f"{kind}-1"), lines_of(runs / f"{kind}-2")
-    assert len(one) == len(two) == 5
+    assert len(one) == len(two) == 1 + more
     for name in COMPARED:
         assert deviation(one, two, name) < TOLERANCE[kind], name
 
@@ -222,7 +227,7 @@ def test_two_ranks_together_hold_a_model_once_while_they_load_it(runs):
     assert len(list(folder.glob("*.safetensors"))) > 2
     size = sum(tensor.nbytes for tensor in saved.values())
     taken = [int((runs / f"memory-{rank}").read_text()) for rank in (0, 1)]
-    assert size > 300e6 and 0.8 * size < sum(taken) < 1.2 * size
+    assert size > 300e6 and 0.8 * size < sum(taken) < 1.4 * size
 
 
 def test_two_ranks_take_the_muon_step_of_one(runs, tmp_path):

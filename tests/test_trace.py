@@ -13,7 +13,7 @@ from video import hunyuan, parallel
 from video.files import meta_transformer
 
 SIZES = ["--frames", "5", "--height", "96", "--width", "96", "--eval_height", "96", "--eval_width", "96"]
-WIDE = tiny_transformer().config | {"num_attention_heads": 8, "num_layers": 3}
+WIDE = tiny_transformer().config | {"num_attention_heads": 8, "num_layers": 2}
 
 
 def settings(*options):

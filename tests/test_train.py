@@ -22,23 +22,14 @@ from engine.watch import WATCH
 from grpo import OneRank
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--batch_size", "8", "--micro_batch", "8", "--group_size", "4", "--num_steps", "4", "--eval_steps", "2"]
-SMALL += [
-    "--eval_noises",
-    "1",
-    "--optimizer_steps",
-    "3",
-    "--anchor_every",
-    "6",
-    "--checkpoint_every",
-    "2",
-    "--eval_every",
-    "3",
-]
+SMALL = ["--batch_size", "16", "--micro_batch", "16", "--group_size", "4", "--num_steps", "4", "--eval_steps", "2"]
+SMALL += ["--eval_noises", "1", "--optimizer_steps", "3", "--anchor_every", "6"]
+SMALL += ["--checkpoint_every", "2", "--eval_every", "3"]
 
 
 # 24 backward passes an iteration: λ_KL rises for four of the five iterations, and then moves by the KL.
-CONTROLLER = ["--kl_schedule", "controller", "--kl_target", "1e-3", "--kl_mode", "fixed", "--micro_batch", "1"]
+CONTROLLER = ["--kl_schedule", "controller", "--kl_target", "1e-3", "--kl_mode", "fixed"]
+CONTROLLER += ["--batch_size", "8", "--micro_batch", "1"]
 
 
 def lines_of(run):
@@ -194,7 +185,7 @@ def test_no_two_draws_of_a_run_share_their_noise(tmp_path, monkeypatch):
         train.main(["--runs", str(tmp_path), *SMALL, "--name", name, "--iterations", "3"])
     assert seeds["noise"][:3] == seeds["noise"][3:] and seeds["order"][:3] == seeds["order"][3:]
     drawn = [seed for purpose in seeds.values() for iteration in purpose[:3] for seed in iteration]
-    assert len(drawn) == len(set(drawn)) == 2 * 3 * 8
+    assert len(drawn) == len(set(drawn)) == 2 * 3 * 16
 
 
 @pytest.mark.parametrize("rank", [0, 1])
