@@ -160,9 +160,8 @@ def test_the_table_of_gpus_holds_what_is_planned():
 
 
 def test_every_logged_metric_is_explained_once(tmp_path):
-    train.main(
-        ["--runs", str(tmp_path), "--name", "run", "--iterations", "1", "--batch_size", "16", "--micro_batch", "16"]
-    )
+    short = ["--iterations", "1", "--batch_size", "16", "--micro_batch", "16", "--eval_steps", "1"]
+    train.main(["--runs", str(tmp_path), "--name", "run", *short])
     settings = (tmp_path / "run" / "config.json").read_text()
     (tmp_path / "run" / "config.json").write_text(settings.replace('"eta": 0.5', '"eta": 0.6'))
     train.main(["--resume", str(tmp_path / "run"), "--iterations", "2", "--allow", "eta"])

@@ -134,6 +134,7 @@ def test_noise_of_the_last_step_is_seen_by_the_reward():
 
 
 def test_grpo_raises_the_reward(tmp_path):
-    train.main(["--runs", str(tmp_path), "--name", "learns", "--iterations", "15", "--eval_every", "15"])
+    """Measured: .485 → .556. Wrong on purpose, it ends at .500 (advantages shifted by one sample), .374 (negated)."""
+    train.main(["--runs", str(tmp_path), "--name", "learns", "--iterations", "6", "--eval_every", "6"])
     lines = [json.loads(line) for line in (tmp_path / "learns" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["eval_reward"] > lines[0]["eval_reward"] + 0.08
+    assert lines[-1]["eval_reward"] > lines[0]["eval_reward"] + 0.04
