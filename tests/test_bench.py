@@ -20,7 +20,7 @@ def test_ratios_of_steps_and_files_are_finite(tmp_path):
 
 
 def test_part_of_an_iteration_is_outside_the_network(tmp_path):
-    shares = bench.bench_outside(tmp_path, rounds=1, samples=4)
+    shares = bench.bench_outside(tmp_path, rounds=1, samples=2)
     assert len(shares) == 2 and all(-1 < share < 1 for share in shares.values())
 
 
