@@ -161,7 +161,7 @@ def test_an_argument_outside_the_locale_is_no_control_character():
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", program, "läuf"]
-    told = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=60).stdout
+    told = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300).stdout
     assert told.startswith(
         "the lone surrogate (in an argument: a byte outside the locale's encoding; try PYTHONUTF8=1)"
     )

@@ -21,7 +21,7 @@ from video.videoalign import VideoAlign
 
 def ffmpeg(*arguments):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y", *map(str, arguments)]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=300)
 
 
 def smooth_video(frames=12, height=112, width=168):
@@ -173,7 +173,7 @@ def write_varying(path, seconds):
     ]
     command += ["-r", "24", "-i", "-", "-vf", f"setpts={times}", "-fps_mode", "passthrough", "-c:v", "libx264"]
     command += ["-qp", "0", "-bf", "0", "-pix_fmt", "yuv420p", str(path)]
-    subprocess.run(command, input=pixels, check=True, timeout=60)
+    subprocess.run(command, input=pixels, check=True, timeout=300)
 
 
 VARYING = [1 / 24] * 20 + [1 / 2] * 4 + [1 / 8] * 4
