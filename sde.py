@@ -198,8 +198,6 @@ class SDE:
 
     def __init__(self, sde_type, eta, sigmas, noisy_last_step=True, noisy_steps=None):
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
-        if sde_type not in SDE_TYPES:
-            raise ValueError(f"sde_type must be one of {', '.join(SDE_TYPES)}: got {sde_type!r}")
         if not 0 <= eta < math.inf:
             raise ValueError(f"eta must be finite and not negative: got {eta}")
         if sde_type == "cps" and eta > 1:

@@ -372,12 +372,7 @@ USAGE = (
 PLAN_OPTIONS = {  # of a dry run: type, bounds, help
     "gpus": (int, 1, 10**5, "GPUs to plan for [default: this launch's; video models without one: 8]"),
     "gpu_memory_gb": (float, 1, 10**4, "memory of one GPU in GiB; refuses what cannot fit"),
-    "gpu_tflops": (
-        float,
-        1e-3,
-        10**5,
-        "TFLOP/s of the transformer, to compute the hours [default: an H200's]",
-    ),
+    "gpu_tflops": (float, 1e-3, 10**5, "TFLOP/s of the transformer, to compute the hours [default: an H200's]"),
     "gpu_price": (float, 1e-3, 10**4, "dollars per GPU-hour; prints what the run costs"),
 }
 
@@ -493,14 +488,8 @@ def check_options(options, given):
             "--resume takes a run's settings from its config.json; only --iterations may change: got "
             f"{', '.join(fixed)}; to change another setting, edit that file and name it in --allow",
         ),
-        (
-            planned and not options.dry_run,
-            f"--{', --'.join(PLAN_OPTIONS)} only apply to a plan: add --dry-run",
-        ),
-        (
-            options.trace and not options.dry_run,
-            "--trace only applies to a plan: add --dry-run",
-        ),
+        (planned and not options.dry_run, f"--{', --'.join(PLAN_OPTIONS)} only apply to a plan: add --dry-run"),
+        (options.trace and not options.dry_run, "--trace only applies to a plan: add --dry-run"),
         (
             options.export is not None and not options.resume,
             "--export writes a model for diffusers, so it needs --resume with a run of HunyuanVideo: got none",

@@ -1,7 +1,8 @@
 """Every random draw of a run: generators by (seed, purpose, iteration, sample), prompts in a new order each epoch.
 
-But for a LoRA's first weights (video/hunyuan.py), nothing else in a run makes a generator, and nothing calls PyTorch's
-global one.
+A run draws nothing else, but for a LoRA's first weights (video/hunyuan.py), the weights of the small models that it
+writes itself (tiny/), and the numbers with which attention's kernels are timed (video/kernels.py). These fork or leave
+alone PyTorch's global generator.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -435,15 +435,14 @@ def test_a_prompt_file_may_move_but_not_change(tmp_path):
     for name, text in {"old.txt": "a cat\na dog\n", "moved.txt": "a cat\na dog\n", "new.txt": "a cat\na god\n"}.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
 
-    def settings(name):
-        return Config(model="tiny", prompts=str(tmp_path / name), eval_prompts=str(tmp_path / "old.txt"))
-
-    old = settings("old.txt")
+    old = Config(model="tiny", prompts=str(tmp_path / "old.txt"), eval_prompts=str(tmp_path / "old.txt"))
     progress = progress_of(1) | {"settings": asdict(old), "prompt_digests": prompt_digests(old)}
-    assert allowed_changes(settings("moved.txt"), 1, progress, []) == {}
-    with pytest.raises(FolderError, match="prompts 'prompts of SHA-256 .* with --allow prompts;"):
-        allowed_changes(settings("new.txt"), 1, progress, [])
-    assert list(allowed_changes(settings("new.txt"), 1, progress, ["prompts"])) == ["prompts"]
+    for name in ("prompts", "eval_prompts"):
+        moved, new = (replace(old, **{name: str(tmp_path / file)}) for file in ("moved.txt", "new.txt"))
+        assert allowed_changes(moved, 1, progress, []) == {}
+        with pytest.raises(FolderError, match=f"{name} 'prompts of SHA-256 .* with --allow {name};"):
+            allowed_changes(new, 1, progress, [])
+        assert list(allowed_changes(new, 1, progress, [name])) == [name]
 
 
 def test_the_folder_of_a_start_that_failed_is_free(tmp_path, monkeypatch, capsys):

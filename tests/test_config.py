@@ -316,15 +316,3 @@ def test_every_setting_that_changes_the_result_is_refused_on_resume(name, tmp_pa
     with pytest.raises(FolderError, match=f"got {name} .*--allow {name};"):
         allowed_changes(config, 1, progress_of(saved), [])
     assert list(allowed_changes(config, 1, progress_of(saved), [name])) == [name]
-
-
-def test_prompts_may_move_but_not_change(tmp_path):
-    for name in ("prompts", "eval_prompts"):
-        (tmp_path / "old.txt").write_text("a cat\n")
-        (tmp_path / "moved.txt").write_text("a cat\n")
-        saved = Config(model="a/b", **{name: str(tmp_path / "old.txt")})
-        moved = dataclasses.replace(saved, **{name: str(tmp_path / "moved.txt")})
-        progress = progress_of(saved)
-        assert allowed_changes(moved, 1, progress, []) == {}
-        (tmp_path / "moved.txt").write_text("a dog\n")
-        assert list(allowed_changes(moved, 1, progress, [name])) == [name]

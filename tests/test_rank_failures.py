@@ -487,7 +487,7 @@ def test_a_walk_ends_where_its_reader_does(processes):
 
 
 def test_scoring_goes_on_without_a_reader(processes):
-    assert processes["score"][0].wait(timeout=300) == 2  # of the arguments: an error that nobody sees is not another one
+    assert processes["score"][0].wait(timeout=300) == 2  # the arguments': an error that nobody sees is not another
 
 
 if __name__ == "__main__":

@@ -59,10 +59,6 @@ def test_schedule_falls_from_one_to_zero(T, shift):
     assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
-def test_shift_maps_the_middle_as_stated():
-    assert sigma_schedule(2, 5.0)[1].item() == pytest.approx(5 * 0.5 / (1 + 4 * 0.5))
-
-
 @given(st.floats(0, 1))
 def test_predictions_invert_the_interpolation(sigma):
     x0, z = torch.randn(2, 3, 4, dtype=torch.float64, generator=rng())

@@ -1,11 +1,15 @@
 """The traced plan: fake tensors against real ones, and what a group of ranks shares."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from engine import plan
+from engine import trace as tracing
 from engine.config import parse
 from engine.trace import CPU_ATTENTION, Ledger, TracedRun, meta_policy, phase_counts, trace
 from tiny.hunyuan import tiny_transformer
@@ -112,6 +116,24 @@ def test_an_iteration_has_the_flops_that_are_computed():
     forward = plan.pass_flops(hunyuan.token_count(81, 160, 160), WIDE)
     for name, computed in plan.iteration_flops(config, forward).items():
         assert computed < counts[name] * phases[name]["flops"] < 1.35 * computed, name
+
+
+def test_a_trace_is_printed_with_what_follows_from_it(traced, monkeypatch, capsys):
+    config, phases = settings("--gpus", "8"), traced[8]
+    monkeypatch.setattr(tracing, "trace", lambda *arguments: SimpleNamespace(phases=phases))
+    tracing.print_trace(config, 8, None)
+    shown = capsys.readouterr().out
+    peaks = {name: (sum(phase["peak"].values()) + tracing.VIDEOALIGN) / 2**30 for name, phase in phases.items()}
+    for name, peak in peaks.items():
+        assert re.search(rf"^  {name} +{peak:.1f} = ", shown, re.M), name
+    highest = max(peaks, key=peaks.get)
+    assert f"traced peak              {peaks[highest]:.1f} GiB, in the {highest}; computed: " in shown
+    passes = re.search(r"passes +rollout (\S+) \+ reference (\S+) \+ update (\S+) = (\S+) forward passes", shown)
+    shares = dict(zip(("rollout", "reference", "update"), map(float, passes.groups()), strict=False))
+    computed = plan.forward_passes(config, plan.training_flops(config, WIDE))
+    assert shares == pytest.approx(computed, rel=0.2)  # what embeds the text is much of so small a network's update
+    assert shares["reference"] == pytest.approx(computed["reference"], abs=0.01)
+    assert float(passes[4]) == pytest.approx(sum(shares.values()), abs=0.02)
 
 
 @pytest.mark.parametrize("options", [[], ["--train_samples", "2", "--kl_steps", "5", "--sde_steps", "6"]])

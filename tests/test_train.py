@@ -206,21 +206,6 @@ def test_a_sample_has_the_same_draws_on_any_number_of_ranks(rank):
     assert train.own_prompts(prompts, half, iteration, ranks) == of_all[own]
 
 
-def test_every_evaluation_has_the_same_noise(tmp_path, monkeypatch):
-    seeds = []
-
-    def recorded(policy, reward, prompts, latent_shape, sde, noise, *rest):
-        seeds.append([generator.initial_seed() for generator in noise])
-        return {"eval_reward": 0.0}, torch.zeros(len(prompts), 1, 3, 2, 2, dtype=torch.uint8)
-
-    monkeypatch.setattr(evaluation, "evaluate", recorded)
-    config = Config(model="toy", eval_noises=2, seed=3)
-    policy = SimpleNamespace(latent_shape=(1,))
-    for iteration in (0, 10):
-        evaluation.run_evaluation(policy, None, ["a", "b"], config, iteration, tmp_path, OneRank())
-    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 4
-
-
 @pytest.mark.parametrize("mode, every", [("fixed", None), ("moving", 7), ("dual", 7)])
 def test_the_anchor_is_that_of_the_kl_mode(mode, every):
     module = torch.nn.Linear(2, 2)

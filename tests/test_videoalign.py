@@ -27,7 +27,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from tiny.videoalign import LORA_ALPHA, LORA_RANK, build_tiny_clip, build_tiny_template, build_tiny_videoalign
 from video import videoalign
 from video.clip import CLIPScore, PickScore
-from video.mp4 import read_video, write_video
 from video.videoalign import VideoAlign
 
 PROMPTS = ["a cat", "a dog that runs over a {green} hill", "東京 by night"]
@@ -378,18 +377,3 @@ def test_clip_scores_equal_the_stock_forward(tmp_path):
         cosine = logits / model.logit_scale.exp()  # within ±1: the tolerances are absolute
         assert pick[i].item() == pytest.approx(logits.mean().item() / 26, abs=1e-5)
         assert clip[i].item() == pytest.approx(2.5 * cosine.clamp(min=0).mean().item(), abs=1e-5)
-
-
-def smooth_video(frames=12, height=112, width=168):
-    t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([4 * t + y, x, 100 + 3 * t], dim=1).clamp(0, 255).to(torch.uint8)
-
-
-def test_mp4_round_trip(tmp_path):
-    video = smooth_video()
-    write_video(tmp_path / "video.mp4", video, fps=24)
-    back, fps = read_video(tmp_path / "video.mp4")
-    assert back.shape == video.shape and back.dtype == torch.uint8 and fps == 24
-    assert (back.float() - video.float()).abs().mean() < 3
-    with pytest.raises(ValueError, match="even sides"):
-        write_video(tmp_path / "odd.mp4", video[..., :111], fps=24)
