@@ -5,7 +5,8 @@ Every reward model in this project, toy or real, is one function
     reward(videos uint8 [B, F, C, H, W], prompts: list of B strings) -> {name: float tensor [B]}
 
 in which NaN means "this sample could not be scored". A failed sample is carried as NaN up to `group_advantages`, which
-masks it; it is never replaced by a number, since any number would be normalised together with the honest ones.
+masks it; it is never replaced by a number, since any number would be normalised together with the honest ones. A
+reward may keep the causes of its last call in a list of texts, its attribute `failures`; the first one is shown.
 engine/scoring.py checks this contract on every rank.
 """
 
