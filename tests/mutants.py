@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # A function, what stands there, what takes its place, and the sections that should notice; None: all that link it.
+OBJECTIVE = "The full objective"
 MUTANTS = [
     ("sde.py: interpolate", "(1 - sigma) * x0 + sigma * z", "sigma * x0 + (1 - sigma) * z", None),
     ("sde.py: predict_x0", "return x - sigma * v", "return x - (1 - sigma) * v", None),
@@ -44,9 +45,10 @@ MUTANTS = [
     ("rewards.py: group_advantages", ".clamp(-max_advantage, max_advantage)", "", None),
     ("rewards.py: composite_reward", "sum(weight * scores[name]", "sum(scores[name]", None),
     ("grpo.py: clipped_policy_loss", "return torch.maximum(", "return torch.minimum(", None),
-    ("grpo.py: micro_batch_loss", "policy_loss + lambda_kl * kl)).mean()", "policy_loss)).mean()", None),
-    ("grpo.py: micro_batch_loss", "policy_loss + lambda_kl * kl)", "(policy_loss + lambda_kl * kl))", None),
-    ("grpo.py: micro_batch_loss", "(mean, mean_old, std)", "(mean, batch.means_ref[rows, steps], std)", None),
+    ("grpo.py: micro_batch_loss", "policy_loss + lambda_kl * kl)).mean()", "policy_loss)).mean()", OBJECTIVE),
+    ("grpo.py: micro_batch_loss", "policy_loss + lambda_kl * kl)", "(policy_loss + lambda_kl * kl))", OBJECTIVE),
+    ("grpo.py: micro_batch_loss", "(scales * policy_loss + ", "(policy_loss + ", "Eq. 9"),
+    ("grpo.py: micro_batch_loss", "(mean, mean_old, std)", "(mean, batch.means_ref[rows, steps], std)", OBJECTIVE),
     ("grpo.py: update", "if number % per_step == 0:", "if number % 2 == 0:", None),
     ("trust_region.py: gaussian_kl", "(2 * std.flatten() ** 2)", "(2 * std.flatten())", None),
     (
