@@ -119,8 +119,8 @@ class LambdaController:
 class Anchor:
     """A second set of the trainable weights, kept beside the module and swapped into it when its means are needed.
 
-    Eq. 13:  ref ← θ every N optimizer steps (paper: N = 10), with every = N, the setting anchor_every; at the end of the
-    iteration in which they are reached.
+    Eq. 13:  ref ← θ every N optimizer steps (paper: N = 10), with every = N, the setting anchor_every. They are counted
+    at the end of an iteration.
     Fixed KL: every = None, the anchor stays what it was at construction, the pre-trained policy.
 
     Frozen parameters are shared, not copied: under LoRA the anchor is one more adapter (and the fixed one, the initial

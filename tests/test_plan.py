@@ -1,7 +1,7 @@
 """The plan's FLOPs against those that PyTorch counts in the real class, its passes against those of a real update."""
 
-import json
 import functools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
