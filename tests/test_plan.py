@@ -273,8 +273,7 @@ def test_the_rates_give_the_seconds_that_were_measured():
             row, config, forward = rows[f"{size}, {kind}"], paper(*options), plan.pass_flops(tokens)
             rate = 1e12 * plan.transformer_tflops(config, forward)
             assert row["forward seconds"] == pytest.approx(share * sum(forward) / rate, rel=0.1)
-            times = plan.gradient_cost(config)
-            flops = sum(count * part for count, part in zip(times, forward, strict=True))
+            flops = plan.flops_with_backward(config, forward)
             assert row["with backward"] == pytest.approx(share * flops / rate, rel=0.1)
             compared += 1
     assert compared == 6

@@ -9,9 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from engine import plan
-from engine import trace as tracing
 from engine.config import parse
-from engine.trace import CPU_ATTENTION, Ledger, TracedRun, meta_policy, phase_counts, trace
+from engine.trace import CPU_ATTENTION, Ledger, TracedRun, meta_policy, phase_counts, print_trace, trace
 from tiny.hunyuan import tiny_transformer
 from video import hunyuan, parallel
 from video.files import meta_transformer
@@ -120,10 +119,10 @@ def test_an_iteration_has_the_flops_that_are_computed():
 
 def test_a_trace_is_printed_with_what_follows_from_it(traced, monkeypatch, capsys):
     config, phases = settings("--gpus", "8"), traced[8]
-    monkeypatch.setattr(tracing, "trace", lambda *arguments: SimpleNamespace(phases=phases))
-    tracing.print_trace(config, 8, None)
+    monkeypatch.setattr("engine.trace.trace", lambda *arguments: SimpleNamespace(phases=phases))
+    print_trace(config, 8, None)
     shown = capsys.readouterr().out
-    peaks = {name: (sum(phase["peak"].values()) + tracing.VIDEOALIGN) / 2**30 for name, phase in phases.items()}
+    peaks = {name: (sum(phase["peak"].values()) + plan.VIDEOALIGN) / 2**30 for name, phase in phases.items()}
     for name, peak in peaks.items():
         assert re.search(rf"^  {name} +{peak:.1f} = ", shown, re.M), name
     highest = max(peaks, key=peaks.get)
