@@ -18,10 +18,10 @@ from sde import SDE, sigma_schedule
 ROOT = Path(train.__file__).parent
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (*ROOT.glob("*.md"), ROOT / "paper" / "APPENDIX.md")
+    for path in (*ROOT.glob("*.md"), ROOT / "engine" / "RUNNING.md", ROOT / "paper" / "APPENDIX.md")
 }
 README = PAGES["README.md"]
-USED = README + PAGES["RUNNING.md"]  # what a reader types
+USED = README + PAGES["engine/RUNNING.md"]  # what a reader types
 
 
 def section(page, title):
@@ -147,7 +147,8 @@ def test_the_table_of_settings_holds_what_the_presets_do():
 
 
 def test_the_table_of_gpus_holds_what_is_planned():
-    rows = [row.split("|")[1:-1] for row in section("RUNNING.md", "GPUs and machines").splitlines() if "GPU" not in row]
+    table = section("engine/RUNNING.md", "GPUs and machines").splitlines()
+    rows = [row.split("|")[1:-1] for row in table if "GPU" not in row]
     rows = [[cell.strip() for cell in cells] for cells in rows if len(cells) == 6 and cells[0].strip().isdigit()]
     assert len(rows) == 6
     for gpus, command, _, hours, gib, disk in rows:
@@ -168,7 +169,7 @@ def test_every_logged_metric_is_explained_once(tmp_path):
     logged = {
         name for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)
     }
-    rows = [row.split("|")[1] for row in section("RUNNING.md", "Metrics").splitlines() if row.startswith("| `")]
+    rows = [row.split("|")[1] for row in section("engine/RUNNING.md", "Metrics").splitlines() if row.startswith("| `")]
     explained = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert logged <= set(explained) and len(explained) == len(set(explained))
     video_model = {"eval_Overall", "eval_CLIPScore", "eval_PickScore", "tflops", "peak_gpu_gib"}
